@@ -1,0 +1,312 @@
+//! The one seam between models and devices.
+
+use std::sync::Arc;
+
+use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
+use crate::error::Result;
+use crate::mx::{Cast, MxTensor, Scheme};
+use crate::weight::Weight;
+
+/// Tokens in one block of the paged KV cache.
+pub const KV_BLOCK_TOKENS: usize = 16;
+
+/// Rows `[rows, cols]` to upload, as a checkpoint holds them.
+#[derive(Debug, Clone, Copy)]
+pub enum WeightSource<'a> {
+    /// An MX tensor in the packed on-disk layout, and how the layer's input is to be quantized.
+    Mx {
+        /// Codes and scales.
+        tensor: MxTensor<'a>,
+        /// The rule the weight's scales were made with (recorded, not needed to decode).
+        weight: Cast,
+        /// How the input activations are quantized at run time; `None` leaves them as they are.
+        activation: Option<Cast>,
+    },
+    /// Unquantized, little-endian.
+    Dense {
+        /// How to read `bytes`.
+        dtype: DenseDtype,
+        /// `[rows, cols]`.
+        shape: [usize; 2],
+        /// `rows * cols` elements, row-major.
+        bytes: &'a [u8],
+    },
+}
+
+impl WeightSource<'_> {
+    /// `[rows, cols]` = `[N, K]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Mx { tensor, .. } => tensor.shape(),
+            Self::Dense { shape, .. } => *shape,
+        }
+    }
+
+    /// The declared scheme; `None` for a dense weight.
+    pub fn scheme(&self) -> Option<Scheme> {
+        match *self {
+            Self::Mx { weight, activation, .. } => Some(Scheme { weight, activation }),
+            Self::Dense { .. } => None,
+        }
+    }
+}
+
+/// Element types of unquantized checkpoint tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DenseDtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+    /// IEEE single.
+    F32,
+}
+
+impl DenseDtype {
+    /// Bytes of one element.
+    pub const fn size_bytes(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// Attention geometry of a layer. A row of the fused projection is `[q heads | k heads | v heads] x dim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub q: usize,
+    /// Key/value heads; divides `q`.
+    pub kv: usize,
+    /// Elements per head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of a row of the fused q, k, v projection.
+    pub const fn qkv_width(self) -> usize {
+        (self.q + 2 * self.kv) * self.dim
+    }
+
+    /// Width of a row of q, and of the attention output.
+    pub const fn q_width(self) -> usize {
+        self.q * self.dim
+    }
+}
+
+/// One layer's paged KV cache: `blocks` blocks of [`KV_BLOCK_TOKENS`] tokens. The element order inside a block
+/// belongs to the backend. Slot `s` is token `s % KV_BLOCK_TOKENS` of block `s / KV_BLOCK_TOKENS`.
+#[derive(Debug)]
+pub struct PagedKv {
+    /// Keys, after RoPE.
+    pub k: Buffer,
+    /// Values.
+    pub v: Buffer,
+    /// Number of blocks.
+    pub blocks: usize,
+}
+
+/// Which rows of a step belong to which sequence, and where their keys and values are.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionInputs<'a> {
+    /// Number of sequences S.
+    pub sequences: usize,
+    /// U32 `[S + 1]`: rows `query_start[s] .. query_start[s + 1]` belong to sequence `s`, in position order.
+    pub query_start: &'a Buffer,
+    /// U32 `[S]`: tokens in the cache after this step; the last row of `s` is at position `context_lens[s] - 1`.
+    pub context_lens: &'a Buffer,
+    /// U32 `[S, max_blocks]`: block numbers of each sequence, in position order.
+    pub block_tables: &'a Buffer,
+    /// Row stride of `block_tables`.
+    pub max_blocks: usize,
+}
+
+/// Per-head RMS norm of q and k before RoPE (Qwen3).
+#[derive(Debug, Clone, Copy)]
+pub struct HeadNorm<'a> {
+    /// F32 `[dim]`, for q.
+    pub q: &'a Buffer,
+    /// F32 `[dim]`, for k.
+    pub k: &'a Buffer,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// How one row's next token is drawn. Order: temperature, top-k, top-p, min-p.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleParams {
+    /// 0 takes the most likely token (the lowest id among equals).
+    pub temperature: f32,
+    /// Keep the k most likely tokens; `None` keeps all.
+    pub top_k: Option<u32>,
+    /// Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this times the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// With `draw`, determines the random number: a row's result depends on nothing else in the batch.
+    pub seed: u64,
+    /// Index of this draw in its sequence.
+    pub draw: u64,
+}
+
+/// Log-probabilities of one row of logits, under softmax at temperature 1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Log-probability of the target token.
+    pub logprob: f32,
+    /// 1 for the most likely token; equals count as better only when their id is lower.
+    pub rank: u32,
+    /// The most likely tokens and their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A device. Made once, on the thread that uses it.
+///
+/// Operators write into `out`; they never allocate device memory and never synchronize. `rows` is the number of
+/// rows M in use; buffers may be longer. Activations have [`activation_dtype`](Self::activation_dtype).
+/// On every backend a row's result does not depend on the other rows of the call.
+pub trait Backend {
+    /// What runs, for people: `cpu, avx512, 2 threads`.
+    fn description(&self) -> String;
+
+    /// Name of the kernel that executes `scheme` (`None`: dense), for `mx_linear_info`.
+    fn linear_kernel(&self, scheme: Option<Scheme>) -> String;
+
+    /// Bytes held, by component.
+    fn memory(&self) -> &Arc<MemoryAccount>;
+
+    /// Element type of activations.
+    fn activation_dtype(&self) -> Dtype;
+
+    /// `len` zeroed elements.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn alloc(&self, dtype: Dtype, len: usize, component: Component) -> Result<Buffer>;
+
+    /// Stacks `parts` along rows (all `[_, K]`, one scheme) and repacks them once for this device. `bias`, if any,
+    /// has one element per stacked row.
+    ///
+    /// # Errors
+    /// Out of memory, or a format this device cannot run.
+    fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight>;
+
+    /// One layer's KV cache of `blocks` blocks; `dtype` is BF16 or F32.
+    ///
+    /// # Errors
+    /// Out of memory, or a dtype this device has no attention kernel for.
+    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: Dtype) -> Result<PagedKv>;
+
+    /// Copies `values` to `buffer[offset..]`, converting to its float dtype.
+    fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]);
+
+    /// Copies `values` to `buffer[offset..]`.
+    fn write_u32(&self, buffer: &mut Buffer, offset: usize, values: &[u32]);
+
+    /// Copies `buffer[offset..]` to `values`, waiting for the operators that write it.
+    fn read_f32(&self, buffer: &Buffer, offset: usize, values: &mut [f32]);
+
+    /// As [`read_f32`](Self::read_f32).
+    fn read_u32(&self, buffer: &Buffer, offset: usize, values: &mut [u32]);
+
+    /// `out[m] = table[tokens[m]]`, M = `rows`; `tokens` U32.
+    fn embed(&self, table: &Weight, tokens: &Buffer, rows: usize, out: &mut Buffer);
+
+    /// `out[m] = x[indices[m]]`, rows of `width` elements.
+    fn gather_rows(&self, x: &Buffer, indices: &Buffer, rows: usize, width: usize, out: &mut Buffer);
+
+    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`; `weight` F32 `[width]`.
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer);
+
+    /// `residual[m] += delta[m]`, then [`rms_norm`](Self::rms_norm) of the residual into `out`.
+    fn add_rms_norm(
+        &self,
+        delta: &Buffer,
+        residual: &mut Buffer,
+        weight: &Buffer,
+        eps: f32,
+        rows: usize,
+        out: &mut Buffer,
+    );
+
+    /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the activation format that the
+    /// weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at `column`.
+    fn linear(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Weight,
+        out: &mut Buffer,
+        out_width: usize,
+        column: usize,
+    );
+
+    /// `out[m] = factor * [cos(p f_0) .. cos(p f_{d-1}) | sin(p f_0) .. sin(p f_{d-1})]` with `p = positions[m]`
+    /// and `f` = `inv_freq`, F32 `[d]`, d = half the head dimension. Once per step, for all layers.
+    fn rope_table(&self, positions: &Buffer, inv_freq: &Buffer, factor: f32, rows: usize, out: &mut Buffer);
+
+    /// Normalizes (if asked) and rotates q and k (the halves of a head are the pairs, as in Hugging Face), q in
+    /// place; writes k and v to `slots` (U32 `[M]`) of the cache. `qkv` is `[M, heads.qkv_width()]`.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
+    fn rope_and_cache(
+        &self,
+        qkv: &mut Buffer,
+        heads: Heads,
+        rope: &Buffer,
+        norm: Option<HeadNorm<'_>>,
+        slots: &Buffer,
+        rows: usize,
+        cache: &mut PagedKv,
+    );
+
+    /// Causal attention of the q part of `qkv` over the cache: the row at position p sees positions
+    /// `max(0, p + 1 - window) ..= p`. `out` is `[M, heads.q_width()]`; scores are multiplied by `scale`.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
+    fn paged_attention(
+        &self,
+        qkv: &Buffer,
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        inputs: &AttentionInputs<'_>,
+        cache: &PagedKv,
+        out: &mut Buffer,
+    );
+
+    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, width + i]`; `gate_up` is `[M, 2 * width]`.
+    fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer);
+
+    /// Draws one token per row of `logits` `[M, width]`, M = `params.len()`, into `out` (U32 `[M]`).
+    fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer);
+
+    /// Log-probabilities of `targets[i]` in row `rows[i]` of `logits` `[_, width]`, with the `top` best tokens.
+    fn logprobs(
+        &self,
+        logits: &Buffer,
+        width: usize,
+        rows: &[usize],
+        targets: &[u32],
+        top: usize,
+    ) -> Vec<TokenLogprobs>;
+}
+
+/// Devices that [`open`] knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The processor, with this many threads.
+    Cpu {
+        /// Worker threads, the caller's included; at least 1.
+        threads: usize,
+    },
+}
+
+/// Opens a device. A new device is one arm here.
+///
+/// # Errors
+/// The device is not there.
+pub fn open(device: Device) -> Result<Box<dyn Backend>> {
+    match device {
+        Device::Cpu { threads } => Ok(Box::new(crate::cpu::CpuBackend::new(threads))),
+    }
+}

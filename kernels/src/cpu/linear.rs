@@ -1,0 +1,518 @@
+//! Matrix products of packed weights.
+//!
+//! The definition, which every path here follows exactly, for output n of row m:
+//!
+//! ```text
+//! total = 0
+//! for each block b of 32 along K:
+//!     s = 0;  for k in the block, in order:  s = fma(w[n, k], x[m, k], s)      w: the element, without its scale
+//!     total = fma(s, 2^e(n, b), total)                                         dense weights: total = total + s
+//! out = total + bias[n]
+//! ```
+//!
+//! So a result depends neither on M, nor on the split of the work, nor on the instruction set.
+
+use super::packed::{BLOCK, PackedWeight, Storage};
+use super::pool::Pool;
+use super::simd::{Isa, LANES, Lanes, dispatch};
+use crate::backend::DenseDtype;
+
+/// Rows (tokens) up to which weights are decoded in registers instead of into scratch.
+const STREAM_ROWS: usize = 4;
+/// Row groups whose blocks are interleaved when streaming, so that their chains of dependent additions overlap.
+const STREAM_GROUPS: usize = 4;
+/// Tile of the blocked product: row groups x tokens held in registers.
+const TILE_GROUPS: usize = 2;
+const TILE_TOKENS: usize = 12;
+/// Tokens of a tile of one row group where there are sixteen registers of half the size.
+const NARROW_TILE_TOKENS: usize = 6;
+/// Blocks along K that are decoded into scratch at a time: 32 x 32 x 2 x 16 floats, half of a usual L2 cache's 512 KiB.
+const PANEL_BLOCKS: usize = 32;
+
+/// Floats of scratch that each thread of [`linear`] needs.
+pub(crate) const SCRATCH: usize = PANEL_BLOCKS * BLOCK * TILE_GROUPS * LANES;
+
+/// Decodes four consecutive elements along K of a row group.
+trait Codec: Copy {
+    /// Elements `4q .. 4q+4` of the block at `block`, one [`Lanes`] each, without their scale.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; `block` points to a whole block and `q < 8`.
+    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4];
+}
+
+#[derive(Clone, Copy)]
+struct Nibbles<'a>(&'a [f32; 16]);
+#[derive(Clone, Copy)]
+struct Sextets<'a>(super::simd::HalfFields, &'a [f32; 32]);
+#[derive(Clone, Copy)]
+struct Fp8(super::simd::HalfFields);
+#[derive(Clone, Copy)]
+struct Int8;
+#[derive(Clone, Copy)]
+struct Bf16;
+#[derive(Clone, Copy)]
+struct F16;
+#[derive(Clone, Copy)]
+struct F32;
+
+impl Codec for Nibbles<'_> {
+    #[inline(always)]
+    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
+        // SAFETY: word q of the block.
+        unsafe { L::from_nibbles(block.cast::<u16>().add(q * LANES), self.0) }
+    }
+}
+
+impl Codec for Sextets<'_> {
+    #[inline(always)]
+    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
+        let words = block.cast::<u16>();
+        // SAFETY: low word q, and upper word q / 2 behind the eight low ones.
+        unsafe {
+            L::from_sextets(words.add(q * LANES), words.add((8 + q / 2) * LANES), q % 2, self.0, self.1)
+        }
+    }
+}
+
+/// Codecs with one lane vector per element.
+macro_rules! element_codec {
+    ($codec:ty, $bytes:literal, |$self:ident, $p:ident| $decode:expr) => {
+        impl Codec for $codec {
+            #[inline(always)]
+            unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
+                let $self = self;
+                // SAFETY: elements 4q .. 4q+4 of sixteen rows.
+                unsafe {
+                    let at = |j: usize| {
+                        let $p = block.add((4 * q + j) * LANES * $bytes);
+                        $decode
+                    };
+                    [at(0), at(1), at(2), at(3)]
+                }
+            }
+        }
+    };
+}
+element_codec!(Fp8, 1, |codec, p| L::from_fp8(p, codec.0));
+element_codec!(Int8, 1, |_codec, p| L::from_i8(p));
+element_codec!(Bf16, 2, |_codec, p| L::from_bf16(p.cast()));
+element_codec!(F16, 2, |_codec, p| L::from_f16(p.cast()));
+element_codec!(F32, 4, |_codec, p| L::load(p.cast()));
+
+/// What one call of [`linear`] works on.
+#[derive(Clone, Copy)]
+struct Problem<'a> {
+    weight: &'a PackedWeight,
+    /// Power of two by which every scale is multiplied; 1 for dense weights.
+    scale_factor: f32,
+    bias: Option<&'a [f32]>,
+    /// `[tokens, x_stride]`, columns padded with zeros to whole blocks.
+    x: *const f32,
+    x_stride: usize,
+    tokens: usize,
+    /// `[tokens, out_stride]`, at the first of the N columns.
+    out: *mut f32,
+    out_stride: usize,
+}
+
+// SAFETY: tasks write disjoint columns of `out`, and nothing writes `x`.
+unsafe impl Sync for Problem<'_> {}
+
+impl Problem<'_> {
+    #[inline(always)]
+    unsafe fn block_ptr(&self, group: usize, block: usize) -> *const u8 {
+        // SAFETY: the caller's group and block are inside the weight.
+        unsafe {
+            let index = group * self.weight.blocks() + block;
+            self.weight.codes.as_ptr().add(index * self.weight.storage.block_bytes())
+        }
+    }
+
+    /// `total + s * scale` for one group and block.
+    #[inline(always)]
+    unsafe fn accumulate<L: Lanes, const SCALED: bool>(
+        &self,
+        group: usize,
+        block: usize,
+        s: L,
+        total: L,
+    ) -> L {
+        // SAFETY: the caller's group and block are inside the weight.
+        unsafe { if SCALED { s.mul_add(self.scale::<L>(group, block), total) } else { total.add(s) } }
+    }
+
+    #[inline(always)]
+    unsafe fn scale<L: Lanes>(&self, group: usize, block: usize) -> L {
+        // SAFETY: the caller's group and block are inside the weight, which has scales.
+        unsafe {
+            let index = group * self.weight.blocks() + block;
+            L::from_e8m0(self.weight.scales.as_ptr().add(index * LANES)).mul(L::splat(self.scale_factor))
+        }
+    }
+
+    /// Adds the bias and writes the lanes of `group` that are rows of the weight.
+    #[inline(always)]
+    unsafe fn finish<L: Lanes>(&self, group: usize, token: usize, total: L) {
+        let first = group * LANES;
+        let lanes = (self.weight.shape[0] - first).min(LANES);
+        let mut values = [0.0; LANES];
+        // SAFETY: `lanes` columns from `first` belong to this group.
+        unsafe {
+            let out = self.out.add(token * self.out_stride + first);
+            match self.bias {
+                None if lanes == LANES => total.store(out),
+                _ => {
+                    total.store(values.as_mut_ptr());
+                    for (i, value) in values[..lanes].iter().enumerate() {
+                        *out.add(i) = value + self.bias.map_or(0.0, |bias| bias[first + i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `G` row groups from `group` for `T` tokens from `token`, weights decoded in registers.
+#[inline(always)]
+unsafe fn stream<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T: usize>(
+    p: &Problem<'_>,
+    codec: C,
+    group: usize,
+    token: usize,
+) {
+    // SAFETY: the caller's groups and tokens are inside the problem.
+    unsafe {
+        let mut total = [[L::splat(0.0); T]; G];
+        for b in 0..p.weight.blocks() {
+            let mut s = [[L::splat(0.0); T]; G];
+            for q in 0..BLOCK / 4 {
+                for g in 0..G {
+                    let w = codec.quad::<L>(p.block_ptr(group + g, b), q);
+                    for (j, w) in w.into_iter().enumerate() {
+                        for t in 0..T {
+                            let x = *p.x.add((token + t) * p.x_stride + b * BLOCK + 4 * q + j);
+                            s[g][t] = w.mul_add(L::splat(x), s[g][t]);
+                        }
+                    }
+                }
+            }
+            for g in 0..G {
+                for t in 0..T {
+                    total[g][t] = p.accumulate::<L, SCALED>(group + g, b, s[g][t], total[g][t]);
+                }
+            }
+        }
+        for g in 0..G {
+            for t in 0..T {
+                p.finish(group + g, token + t, total[g][t]);
+            }
+        }
+    }
+}
+
+/// Row groups `from..to` for a few tokens.
+#[inline(always)]
+unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool>(
+    p: &Problem<'_>,
+    codec: C,
+    from: usize,
+    to: usize,
+) {
+    // SAFETY: the caller's groups are inside the weight.
+    unsafe {
+        let mut group = from;
+        match p.tokens {
+            1 => {
+                while group + STREAM_GROUPS <= to {
+                    stream::<L, C, SCALED, STREAM_GROUPS, 1>(p, codec, group, 0);
+                    group += STREAM_GROUPS;
+                }
+                (group..to).for_each(|g| stream::<L, C, SCALED, 1, 1>(p, codec, g, 0));
+            }
+            2 => {
+                while group + 2 <= to {
+                    stream::<L, C, SCALED, 2, 2>(p, codec, group, 0);
+                    group += 2;
+                }
+                (group..to).for_each(|g| stream::<L, C, SCALED, 1, 2>(p, codec, g, 0));
+            }
+            3 => (from..to).for_each(|g| stream::<L, C, SCALED, 1, 3>(p, codec, g, 0)),
+            _ => (from..to).for_each(|g| stream::<L, C, SCALED, 1, 4>(p, codec, g, 0)),
+        }
+    }
+}
+
+/// A tile of `G` of the panel's row groups, from `first`, x `T` tokens over a panel of decoded blocks
+/// `[panel blocks, 32, TILE_GROUPS, LANES]`. Between panels the totals wait in `totals`, `[tokens, TILE_GROUPS, LANES]`.
+#[inline(always)]
+unsafe fn tile<L: Lanes, const SCALED: bool, const G: usize, const T: usize>(
+    p: &Problem<'_>,
+    decoded: *const f32,
+    scales: &[[L; TILE_GROUPS]; PANEL_BLOCKS],
+    panel: std::ops::Range<usize>,
+    first: usize,
+    token: usize,
+    totals: *mut f32,
+) {
+    // SAFETY: the caller's tile is inside the problem, `decoded` and `totals`.
+    unsafe {
+        let mut x: [*const f32; T] = [std::ptr::null(); T];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = p.x.add((token + t) * p.x_stride);
+        }
+        for b in panel.clone() {
+            let w = decoded.add((b - panel.start) * BLOCK * TILE_GROUPS * LANES);
+            let mut s = [[L::splat(0.0); T]; G];
+            for k in 0..BLOCK {
+                let mut wk = [L::splat(0.0); G];
+                for (g, wk) in wk.iter_mut().enumerate() {
+                    *wk = L::load(w.add((k * TILE_GROUPS + first + g) * LANES));
+                }
+                for t in 0..T {
+                    let xk = L::splat(*x[t].add(b * BLOCK + k));
+                    for g in 0..G {
+                        s[g][t] = wk[g].mul_add(xk, s[g][t]);
+                    }
+                }
+            }
+            for g in 0..G {
+                for t in 0..T {
+                    let at = totals.add(((token + t) * TILE_GROUPS + first + g) * LANES);
+                    let total = L::load(at);
+                    let total = if SCALED {
+                        s[g][t].mul_add(scales[b - panel.start][first + g], total)
+                    } else {
+                        total.add(s[g][t])
+                    };
+                    total.store(at);
+                }
+            }
+        }
+    }
+}
+
+/// All tokens, in tiles of `T` and then of one.
+#[inline(always)]
+unsafe fn tiles<L: Lanes, const SCALED: bool, const G: usize, const T: usize>(
+    p: &Problem<'_>,
+    decoded: *const f32,
+    scales: &[[L; TILE_GROUPS]; PANEL_BLOCKS],
+    panel: std::ops::Range<usize>,
+    first: usize,
+    totals: *mut f32,
+) {
+    // SAFETY: the caller's panel is inside the problem, `decoded` and `totals`.
+    unsafe {
+        let mut token = 0;
+        while token + T <= p.tokens {
+            tile::<L, SCALED, G, T>(p, decoded, scales, panel.clone(), first, token, totals);
+            token += T;
+        }
+        while token + 3 <= p.tokens {
+            tile::<L, SCALED, G, 3>(p, decoded, scales, panel.clone(), first, token, totals);
+            token += 3;
+        }
+        while token < p.tokens {
+            tile::<L, SCALED, G, 1>(p, decoded, scales, panel.clone(), first, token, totals);
+            token += 1;
+        }
+    }
+}
+
+/// `G <= TILE_GROUPS` row groups from `group` for all tokens, weights decoded once into `scratch`.
+#[inline(always)]
+unsafe fn blocked<L: Lanes, C: Codec, const SCALED: bool, const G: usize>(
+    p: &Problem<'_>,
+    codec: C,
+    group: usize,
+    scratch: *mut f32,
+    totals: *mut f32,
+) {
+    // SAFETY: the caller's groups are inside the weight, `scratch` holds a panel, `totals` all tokens.
+    unsafe {
+        std::ptr::write_bytes(totals, 0, p.tokens * TILE_GROUPS * LANES);
+        let blocks = p.weight.blocks();
+        for start in (0..blocks).step_by(PANEL_BLOCKS) {
+            let panel = start..(start + PANEL_BLOCKS).min(blocks);
+            let mut scales = [[L::splat(1.0); TILE_GROUPS]; PANEL_BLOCKS];
+            for b in panel.clone() {
+                for g in 0..G {
+                    let block = p.block_ptr(group + g, b);
+                    for q in 0..BLOCK / 4 {
+                        for (j, w) in codec.quad::<L>(block, q).into_iter().enumerate() {
+                            let k = (b - start) * BLOCK + 4 * q + j;
+                            w.store(scratch.add((k * TILE_GROUPS + g) * LANES));
+                        }
+                    }
+                    if SCALED {
+                        scales[b - start][g] = p.scale(group + g, b);
+                    }
+                }
+            }
+            if L::REGISTERS >= 32 {
+                tiles::<L, SCALED, G, TILE_TOKENS>(p, scratch, &scales, panel, 0, totals);
+            } else {
+                for first in 0..G {
+                    tiles::<L, SCALED, 1, NARROW_TILE_TOKENS>(
+                        p,
+                        scratch,
+                        &scales,
+                        panel.clone(),
+                        first,
+                        totals,
+                    );
+                }
+            }
+        }
+        for token in 0..p.tokens {
+            for g in 0..G {
+                p.finish(group + g, token, L::load(totals.add((token * TILE_GROUPS + g) * LANES)));
+            }
+        }
+    }
+}
+
+/// One thread's part: row groups `from..to`.
+#[derive(Clone, Copy)]
+struct Part {
+    from: usize,
+    to: usize,
+    scratch: *mut f32,
+    totals: *mut f32,
+}
+
+#[inline(always)]
+unsafe fn run_codec<L: Lanes, C: Codec, const SCALED: bool>(p: &Problem<'_>, codec: C, part: Part) {
+    // SAFETY: the caller's part is inside the problem.
+    unsafe {
+        if p.tokens <= STREAM_ROWS {
+            return stream_groups::<L, C, SCALED>(p, codec, part.from, part.to);
+        }
+        let mut group = part.from;
+        while group + TILE_GROUPS <= part.to {
+            blocked::<L, C, SCALED, TILE_GROUPS>(p, codec, group, part.scratch, part.totals);
+            group += TILE_GROUPS;
+        }
+        if group < part.to {
+            blocked::<L, C, SCALED, 1>(p, codec, group, part.scratch, part.totals);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn run_part<L: Lanes>(p: &Problem<'_>, part: Part) {
+    // SAFETY: the caller's part is inside the problem.
+    unsafe {
+        match &p.weight.storage {
+            Storage::Nibbles(table) => run_codec::<L, _, true>(p, Nibbles(table), part),
+            Storage::Sextets(fields, table) => run_codec::<L, _, true>(p, Sextets(*fields, table), part),
+            Storage::Fp8(fields) => run_codec::<L, _, true>(p, Fp8(*fields), part),
+            Storage::Int8 { .. } => run_codec::<L, _, true>(p, Int8, part),
+            Storage::Dense(DenseDtype::Bf16) => run_codec::<L, _, false>(p, Bf16, part),
+            Storage::Dense(DenseDtype::F16) => run_codec::<L, _, false>(p, F16, part),
+            Storage::Dense(DenseDtype::F32) => run_codec::<L, _, false>(p, F32, part),
+        }
+    }
+}
+
+dispatch! {
+    /// Runs a part of the problem.
+    fn run_part_on(p: &Problem<'_>, part: Part) = run_part
+}
+
+/// Per-thread scratch of [`linear`].
+pub(crate) struct Scratch {
+    floats: Vec<f32>,
+    per_thread: usize,
+}
+
+impl Scratch {
+    /// No scratch yet.
+    pub(crate) const fn new() -> Self {
+        Self { floats: Vec::new(), per_thread: 0 }
+    }
+
+    /// Makes room for `tokens` tokens on each of `threads` threads; grows only.
+    pub(crate) fn reserve(&mut self, tokens: usize, threads: usize) {
+        let per_thread = SCRATCH + tokens * TILE_GROUPS * LANES;
+        if per_thread > self.per_thread {
+            self.per_thread = per_thread;
+            self.floats = vec![0.0; per_thread * threads];
+        }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(self.floats.as_slice())
+    }
+}
+
+/// Where a product's result goes: N columns from `column` of rows of `width`.
+#[derive(Clone, Copy)]
+pub(crate) struct OutColumns {
+    pub(crate) width: usize,
+    pub(crate) column: usize,
+}
+
+/// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]` for `tokens` rows. `x` is `[tokens, x_stride]`, its
+/// columns from K to the end of the last block zero.
+///
+/// # Panics
+/// A slice is too short.
+#[allow(clippy::too_many_arguments, reason = "a matrix product")]
+pub(crate) fn linear(
+    isa: Isa,
+    pool: &mut Pool,
+    scratch: &mut Scratch,
+    weight: &PackedWeight,
+    bias: Option<&[f32]>,
+    x: &[f32],
+    x_stride: usize,
+    tokens: usize,
+    out: &mut [f32],
+    columns: OutColumns,
+) {
+    let OutColumns { width, column } = columns;
+    if tokens == 0 {
+        return;
+    }
+    assert!(x_stride >= weight.blocks() * BLOCK && x.len() >= tokens * x_stride, "x holds whole blocks");
+    assert!(column + weight.shape[0] <= width && out.len() >= tokens * width, "out holds the result");
+    assert!(bias.is_none_or(|bias| bias.len() == weight.shape[0]), "one bias per output");
+    let threads = pool.threads();
+    scratch.reserve(tokens, threads);
+    let scale_factor = match weight.storage {
+        Storage::Int8 { fraction_bits } => 1.0 / (1u32 << fraction_bits) as f32,
+        _ => 1.0,
+    };
+    let problem = Problem {
+        weight,
+        scale_factor,
+        bias,
+        x: x.as_ptr(),
+        x_stride,
+        tokens,
+        // SAFETY: inside `out`, as asserted.
+        out: unsafe { out.as_mut_ptr().add(column) },
+        out_stride: width,
+    };
+    let pieces = super::pool::DisjointSlices::new(&mut scratch.floats, scratch.per_thread);
+    // Streaming wants long runs; the blocked product balances better with many small tasks.
+    let groups = weight.groups();
+    let per_task = if tokens <= STREAM_ROWS {
+        groups.div_ceil(threads * 2).next_multiple_of(STREAM_GROUPS)
+    } else {
+        TILE_GROUPS
+    };
+    pool.run(groups.div_ceil(per_task), &|task, thread| {
+        // SAFETY: one piece per thread; the part's groups are this task's alone; `isa` is available.
+        unsafe {
+            let scratch = pieces.slice(thread).as_mut_ptr();
+            let from = task * per_task;
+            let part =
+                Part { from, to: (from + per_task).min(groups), scratch, totals: scratch.add(SCRATCH) };
+            run_part_on(isa, &problem, part);
+        }
+    });
+}

@@ -1,0 +1,470 @@
+//! The CPU backend: F32 activations, packed weights, every operator independent of batch, threads and instruction set.
+
+mod attention;
+mod elementwise;
+mod linear;
+mod packed;
+mod pool;
+mod sampling;
+mod simd;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
+use self::linear::{OutColumns, Scratch, linear};
+use self::packed::BLOCK;
+pub(crate) use self::packed::PackedWeight;
+use self::pool::{DisjointSlices, Pool};
+use self::simd::Isa;
+use crate::backend::{
+    AttentionInputs, Backend, HeadNorm, Heads, PagedKv, SampleParams, TokenLogprobs, WeightSource,
+};
+use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
+use crate::error::{Error, Result};
+use crate::mx::{Scheme, quantize_dequantize};
+use crate::weight::{Weight, WeightData};
+
+/// Elements below which a row operator is not worth a parallel region.
+const SERIAL_ELEMENTS: usize = 16 * 1024;
+
+/// The processor.
+pub(crate) struct CpuBackend {
+    isa: Isa,
+    memory: Arc<MemoryAccount>,
+    state: RefCell<State>,
+}
+
+/// Threads, and scratch that grows to what the largest call needed and is then reused.
+struct State {
+    pool: Pool,
+    linear: Scratch,
+    /// Inputs of a linear layer, quantized as its scheme declares or padded to whole blocks.
+    input: Vec<f32>,
+    /// Scores, per thread.
+    scores: Vec<f32>,
+    /// Sampling weights.
+    weights: Vec<f32>,
+}
+
+impl CpuBackend {
+    /// A backend with `threads` threads and the best instruction set of this processor.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self::with_isa(threads, Isa::available()[0])
+    }
+
+    fn with_isa(threads: usize, isa: Isa) -> Self {
+        Self {
+            isa,
+            memory: Arc::default(),
+            state: RefCell::new(State {
+                pool: Pool::new(threads),
+                linear: Scratch::new(),
+                input: Vec::new(),
+                scores: Vec::new(),
+                weights: Vec::new(),
+            }),
+        }
+    }
+
+    /// Calls `body(row, out_row)` for the first `rows` rows of `out`, in parallel when there is enough to do.
+    fn for_rows(
+        &self,
+        rows: usize,
+        width: usize,
+        out: &mut [f32],
+        body: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) {
+        let pieces = DisjointSlices::new(&mut out[..rows * width], width);
+        // SAFETY: each row is taken once.
+        let run = |row: usize| body(row, unsafe { pieces.slice(row) });
+        if rows * width < SERIAL_ELEMENTS {
+            (0..rows).for_each(run);
+        } else {
+            self.state.borrow_mut().pool.run(rows, &|row, _| run(row));
+        }
+    }
+
+    fn out_of_memory(&self, what: &str, bytes: usize) -> Error {
+        Error::OutOfMemory { what: what.to_owned(), bytes, device: self.description() }
+    }
+}
+
+/// The floats of an activation buffer.
+fn floats(buffer: &Buffer) -> &[f32] {
+    match &buffer.storage {
+        Storage::HostF32(v) => v,
+        _ => panic!("activations are F32 on the CPU, this buffer is {:?}", buffer.dtype()),
+    }
+}
+
+fn floats_mut(buffer: &mut Buffer) -> &mut [f32] {
+    let dtype = buffer.dtype();
+    match &mut buffer.storage {
+        Storage::HostF32(v) => v,
+        _ => panic!("activations are F32 on the CPU, this buffer is {dtype:?}"),
+    }
+}
+
+fn integers(buffer: &Buffer) -> &[u32] {
+    match &buffer.storage {
+        Storage::HostU32(v) => v,
+        _ => panic!("step inputs are U32, this buffer is {:?}", buffer.dtype()),
+    }
+}
+
+fn packed(weight: &Weight) -> &PackedWeight {
+    match &weight.data {
+        WeightData::Cpu(packed) => packed,
+    }
+}
+
+/// `len` zeros, or `None` if the system refuses.
+fn zeros<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
+    let mut v = Vec::new();
+    v.try_reserve_exact(len).ok()?;
+    v.resize(len, T::default());
+    Some(v)
+}
+
+impl Backend for CpuBackend {
+    fn description(&self) -> String {
+        let threads = self.state.borrow().pool.threads();
+        format!("cpu, {}, {threads} thread{}", self.isa.name(), if threads == 1 { "" } else { "s" })
+    }
+
+    fn linear_kernel(&self, scheme: Option<Scheme>) -> String {
+        let codec = scheme.map_or("dense", |s| s.weight.format.element.spec().name);
+        format!("cpu_{}_{codec}_f32", self.isa.name())
+    }
+
+    fn memory(&self) -> &Arc<MemoryAccount> {
+        &self.memory
+    }
+
+    fn activation_dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn alloc(&self, dtype: Dtype, len: usize, component: Component) -> Result<Buffer> {
+        let bytes = len * dtype.size_bytes();
+        let storage = match dtype {
+            Dtype::F32 => zeros(len).map(Storage::HostF32),
+            Dtype::Bf16 => zeros(len).map(Storage::HostBf16),
+            Dtype::U32 => zeros(len).map(Storage::HostU32),
+        };
+        let storage = storage.ok_or_else(|| self.out_of_memory(component.label(), bytes))?;
+        Ok(Buffer::new(storage, self.memory.charge(component, bytes)))
+    }
+
+    fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        let first = parts.first().expect("a weight has at least one part");
+        let scheme = first.scheme();
+        assert!(
+            parts.iter().all(|p| p.scheme() == scheme && p.shape()[1] == first.shape()[1]),
+            "stacked parts share scheme and columns"
+        );
+        let weight = PackedWeight::new(parts, &mut self.state.borrow_mut().pool).ok_or_else(|| {
+            Error::Unsupported {
+                what: format!("a weight in {}", scheme.map_or_else(|| "this type".into(), |s| s.to_string())),
+                device: self.description(),
+            }
+        })?;
+        assert!(bias.is_none_or(|b| b.len() == weight.shape[0]), "one bias per row");
+        let (codes, scales) = (weight.codes.as_slice().len(), weight.scales.as_slice().len());
+        let codes_component = if scheme.is_some() { Component::Weights } else { Component::Unquantized };
+        let mut charges =
+            vec![self.memory.charge(codes_component, codes), self.memory.charge(Component::Scales, scales)];
+        if let Some(bias) = bias {
+            charges.push(self.memory.charge(Component::Unquantized, size_of_val(bias)));
+        }
+        Ok(Weight {
+            shape: weight.shape,
+            scheme,
+            data: WeightData::Cpu(weight),
+            bias: bias.map(<[f32]>::to_vec),
+            _charges: charges,
+            bytes: codes + scales,
+        })
+    }
+
+    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: Dtype) -> Result<PagedKv> {
+        if dtype == Dtype::U32 {
+            return Err(Error::Unsupported {
+                what: format!("a KV cache of {dtype:?}"),
+                device: self.description(),
+            });
+        }
+        let geometry = KvGeometry { heads };
+        Ok(PagedKv {
+            k: self.alloc(dtype, blocks * geometry.k_block(), Component::KvCache)?,
+            v: self.alloc(dtype, blocks * geometry.v_block(), Component::KvCache)?,
+            blocks,
+        })
+    }
+
+    fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {
+        match &mut buffer.storage {
+            Storage::HostF32(v) => v[offset..][..values.len()].copy_from_slice(values),
+            Storage::HostBf16(v) => {
+                for (out, &x) in v[offset..][..values.len()].iter_mut().zip(values) {
+                    *out = u16::from_f32(x);
+                }
+            }
+            Storage::HostU32(_) => panic!("floats do not go into a U32 buffer"),
+        }
+    }
+
+    fn write_u32(&self, buffer: &mut Buffer, offset: usize, values: &[u32]) {
+        match &mut buffer.storage {
+            Storage::HostU32(v) => v[offset..][..values.len()].copy_from_slice(values),
+            _ => panic!("integers go into a U32 buffer"),
+        }
+    }
+
+    fn read_f32(&self, buffer: &Buffer, offset: usize, values: &mut [f32]) {
+        match &buffer.storage {
+            Storage::HostF32(v) => values.copy_from_slice(&v[offset..][..values.len()]),
+            Storage::HostBf16(v) => {
+                for (out, &x) in values.iter_mut().zip(&v[offset..]) {
+                    *out = half::bf16::from_bits(x).to_f32();
+                }
+            }
+            Storage::HostU32(_) => panic!("floats do not come from a U32 buffer"),
+        }
+    }
+
+    fn read_u32(&self, buffer: &Buffer, offset: usize, values: &mut [u32]) {
+        values.copy_from_slice(&integers(buffer)[offset..][..values.len()]);
+    }
+
+    fn embed(&self, table: &Weight, tokens: &Buffer, rows: usize, out: &mut Buffer) {
+        let (table, tokens) = (packed(table), integers(tokens));
+        let width = table.shape[1];
+        self.for_rows(rows, width, floats_mut(out), &|m, out| {
+            table.decode_row(tokens[m] as usize, out);
+        });
+    }
+
+    fn gather_rows(&self, x: &Buffer, indices: &Buffer, rows: usize, width: usize, out: &mut Buffer) {
+        let (x, indices) = (floats(x), integers(indices));
+        self.for_rows(rows, width, floats_mut(out), &|m, out| {
+            out.copy_from_slice(&x[indices[m] as usize * width..][..width]);
+        });
+    }
+
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer) {
+        let (isa, x, weight) = (self.isa, floats(x), floats(weight));
+        let width = weight.len();
+        self.for_rows(rows, width, floats_mut(out), &|m, out| {
+            // SAFETY: `isa` is available.
+            unsafe { elementwise::rms_norm(isa, &x[m * width..][..width], weight, eps, out) };
+        });
+    }
+
+    fn add_rms_norm(
+        &self,
+        delta: &Buffer,
+        residual: &mut Buffer,
+        weight: &Buffer,
+        eps: f32,
+        rows: usize,
+        out: &mut Buffer,
+    ) {
+        let (isa, delta, weight) = (self.isa, floats(delta), floats(weight));
+        let width = weight.len();
+        let residual = DisjointSlices::new(&mut floats_mut(residual)[..rows * width], width);
+        self.for_rows(rows, width, floats_mut(out), &|m, out| {
+            // SAFETY: each row is taken once; `isa` is available.
+            unsafe {
+                let residual = residual.slice(m);
+                elementwise::add_rms_norm(isa, &delta[m * width..][..width], residual, weight, eps, out);
+            }
+        });
+    }
+
+    fn linear(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Weight,
+        out: &mut Buffer,
+        out_width: usize,
+        column: usize,
+    ) {
+        let x = floats(x);
+        let bias = weight.bias.as_deref();
+        let columns = OutColumns { width: out_width, column };
+        let activation = weight.scheme.and_then(|s| s.activation);
+        let weight = packed(weight);
+        let cols = weight.shape[1];
+        let padded = cols.next_multiple_of(BLOCK);
+        let State { pool, linear: scratch, input, .. } = &mut *self.state.borrow_mut();
+        let (x, stride) = if activation.is_none() && padded == cols {
+            (x, cols)
+        } else {
+            input.resize(input.len().max(rows * padded), 0.0);
+            let pieces = DisjointSlices::new(input, padded);
+            pool.run(rows, &|m, _| {
+                // SAFETY: each row is taken once.
+                let row = unsafe { pieces.slice(m) };
+                let source = &x[m * cols..][..cols];
+                match activation {
+                    Some(cast) => quantize_dequantize(cast, source, &mut row[..cols]),
+                    None => row[..cols].copy_from_slice(source),
+                }
+                row[cols..].fill(0.0);
+            });
+            (&input[..], padded)
+        };
+        linear(self.isa, pool, scratch, weight, bias, x, stride, rows, floats_mut(out), columns);
+    }
+
+    fn rope_table(&self, positions: &Buffer, inv_freq: &Buffer, factor: f32, rows: usize, out: &mut Buffer) {
+        let (positions, inv_freq) = (integers(positions), floats(inv_freq));
+        let half = inv_freq.len();
+        self.for_rows(rows, 2 * half, floats_mut(out), &|m, out| {
+            let (cos, sin) = out.split_at_mut(half);
+            for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(inv_freq) {
+                let (s, c) = (positions[m] as f32 * f).sin_cos();
+                (*cos, *sin) = (c * factor, s * factor);
+            }
+        });
+    }
+
+    fn rope_and_cache(
+        &self,
+        qkv: &mut Buffer,
+        heads: Heads,
+        rope: &Buffer,
+        norm: Option<HeadNorm<'_>>,
+        slots: &Buffer,
+        rows: usize,
+        cache: &mut PagedKv,
+    ) {
+        let (isa, rope, slots) = (self.isa, floats(rope), integers(slots));
+        let (dim, width) = (heads.dim, heads.qkv_width());
+        self.for_rows(rows, width, floats_mut(qkv), &|m, row| {
+            let (cos, sin) = rope[m * dim..][..dim].split_at(dim / 2);
+            for (h, head) in row.chunks_exact_mut(dim).take(heads.q + heads.kv).enumerate() {
+                // SAFETY: `isa` is available.
+                unsafe {
+                    if let Some(norm) = norm {
+                        let weight = floats(if h < heads.q { norm.q } else { norm.k });
+                        elementwise::head_norm(isa, head, weight, norm.eps);
+                    }
+                    elementwise::rotate(isa, head, cos, sin);
+                }
+            }
+        });
+        let geometry = KvGeometry { heads };
+        let qkv = floats(qkv);
+        match (&mut cache.k.storage, &mut cache.v.storage) {
+            (Storage::HostBf16(k), Storage::HostBf16(v)) => write_kv(geometry, qkv, &slots[..rows], k, v),
+            (Storage::HostF32(k), Storage::HostF32(v)) => write_kv(geometry, qkv, &slots[..rows], k, v),
+            _ => panic!("keys and values are both BF16 or both F32"),
+        }
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &Buffer,
+        heads: Heads,
+        scale: f32,
+        window: Option<usize>,
+        inputs: &AttentionInputs<'_>,
+        cache: &PagedKv,
+        out: &mut Buffer,
+    ) {
+        let (isa, qkv) = (self.isa, floats(qkv));
+        let query_start = &integers(inputs.query_start)[..=inputs.sequences];
+        let context_lens = &integers(inputs.context_lens)[..inputs.sequences];
+        let tables = integers(inputs.block_tables);
+        let rows = query_start[inputs.sequences] as usize;
+        let group = heads.q / heads.kv;
+        let pieces = DisjointSlices::new(&mut floats_mut(out)[..rows * heads.q_width()], group * heads.dim);
+        let longest = context_lens.iter().max().map_or(0, |&n| n as usize);
+        let State { pool, scores, .. } = &mut *self.state.borrow_mut();
+        let per_thread = score_floats(longest);
+        scores.resize(scores.len().max(per_thread * pool.threads()), 0.0);
+        let scores = DisjointSlices::new(scores, per_thread);
+        let geometry = KvGeometry { heads };
+        pool.run(rows * heads.kv, &|task, thread| {
+            let (row, head) = (task / heads.kv, task % heads.kv);
+            let sequence = query_start.partition_point(|&start| start as usize <= row) - 1;
+            let after = query_start[sequence + 1] as usize - row;
+            let to = context_lens[sequence] as usize + 1 - after;
+            let context = RowContext {
+                blocks: &tables[sequence * inputs.max_blocks..][..inputs.max_blocks],
+                from: window.map_or(0, |w| to.saturating_sub(w)),
+                to,
+            };
+            let q = &qkv[row * heads.qkv_width() + head * group * heads.dim..][..group * heads.dim];
+            // SAFETY: one task per piece of `out`, one piece of scores per thread; `isa` is available.
+            unsafe {
+                let (out, scores) = (pieces.slice(task), scores.slice(thread));
+                match (&cache.k.storage, &cache.v.storage) {
+                    (Storage::HostBf16(k), Storage::HostBf16(v)) => {
+                        let cache = HeadCache { k, v, geometry, head };
+                        attention::row_bf16(isa, cache, context, q, scale, scores, out);
+                    }
+                    (Storage::HostF32(k), Storage::HostF32(v)) => {
+                        let cache = HeadCache { k, v, geometry, head };
+                        attention::row_f32(isa, cache, context, q, scale, scores, out);
+                    }
+                    _ => panic!("keys and values are both BF16 or both F32"),
+                }
+            }
+        });
+    }
+
+    fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer) {
+        let (isa, gate_up) = (self.isa, floats(gate_up));
+        self.for_rows(rows, width, floats_mut(out), &|m, out| {
+            let (gate, up) = gate_up[m * 2 * width..][..2 * width].split_at(width);
+            // SAFETY: `isa` is available.
+            unsafe { elementwise::silu_mul(isa, gate, up, out) };
+        });
+    }
+
+    fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer) {
+        let logits = floats(logits);
+        let mut state = self.state.borrow_mut();
+        let Storage::HostU32(out) = &mut out.storage else { panic!("tokens are U32") };
+        for (m, params) in params.iter().enumerate() {
+            out[m] = sampling::sample(self.isa, &logits[m * width..][..width], params, &mut state.weights);
+        }
+    }
+
+    fn logprobs(
+        &self,
+        logits: &Buffer,
+        width: usize,
+        rows: &[usize],
+        targets: &[u32],
+        top: usize,
+    ) -> Vec<TokenLogprobs> {
+        let (isa, logits) = (self.isa, floats(logits));
+        let mut out = vec![None; rows.len()];
+        let pieces = DisjointSlices::new(&mut out, 1);
+        self.state.borrow_mut().pool.run(rows.len(), &|i, _| {
+            let row = &logits[rows[i] * width..][..width];
+            // SAFETY: each row is taken once.
+            let out = unsafe { pieces.slice(i) };
+            out[0] = Some(sampling::logprobs(isa, row, targets[i], top));
+        });
+        out.into_iter().flatten().collect()
+    }
+}
+
+/// Writes the keys and values of `slots.len()` rows of `qkv`.
+fn write_kv<T: KvElement>(geometry: KvGeometry, qkv: &[f32], slots: &[u32], k: &mut [T], v: &mut [T]) {
+    let Heads { q, kv, dim } = geometry.heads;
+    for (row, &slot) in qkv.chunks_exact(geometry.heads.qkv_width()).zip(slots) {
+        for head in 0..kv {
+            let key = &row[(q + head) * dim..][..dim];
+            let value = &row[(q + kv + head) * dim..][..dim];
+            geometry.write(k, v, slot as usize, head, key, value);
+        }
+    }
+}

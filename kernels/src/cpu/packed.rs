@@ -1,0 +1,269 @@
+//! The layout of weights in memory: sixteen rows interleaved, so that a vector lane is an output.
+//!
+//! Rows come in groups of [`LANES`]; the last group is padded with zero rows. Along K there are blocks of 32; a dense
+//! weight's last block is padded with zeros. A group's blocks follow each other, and a block holds, in this order:
+//!
+//! | storage | words per block | content |
+//! |---|---|---|
+//! | 4 bits | 8 x 16 u16 | word q of a row: codes 4q .. 4q+3, lowest bits first |
+//! | 6 bits | 8 x 16 u16, then 4 x 16 u16 | low nibbles as above; then word h: upper bit pairs of codes 8h .. 8h+7 |
+//! | 8 bits | 32 x 16 u8 | code k of each row |
+//! | BF16, F16 | 32 x 16 u16 | element k of each row |
+//! | F32 | 32 x 16 f32 | element k of each row |
+//!
+//! Scales are apart: 16 bytes per group and block. So MXFP4 takes 4.25 bits per weight here too.
+
+use super::pool::{DisjointSlices, Pool};
+use super::simd::{HalfFields, LANES};
+use crate::backend::{DenseDtype, WeightSource};
+use crate::mx::{E8m0, ElementType, MxFormat, Specials, unpack};
+
+/// Elements along K in one block.
+pub(crate) const BLOCK: usize = 32;
+
+/// How a block's elements are stored and decoded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Storage {
+    /// 4-bit codes through a table of 16 values.
+    Nibbles([f32; 16]),
+    /// 6-bit sign-magnitude codes: the fields, and a table of the 32 magnitudes.
+    Sextets(HalfFields, [f32; 32]),
+    /// FP8 codes.
+    Fp8(HalfFields),
+    /// Two's complement bytes; the scale's exponent is lowered by `fraction_bits` instead of each element.
+    Int8 {
+        /// Fraction bits of the element.
+        fraction_bits: u32,
+    },
+    /// Dense elements.
+    Dense(DenseDtype),
+}
+
+impl Storage {
+    fn of(element: ElementType) -> Self {
+        let spec = element.spec();
+        let fields = HalfFields {
+            bits: spec.bits,
+            shift: 10_u32.saturating_sub(spec.mantissa_bits),
+            factor: f32::from_bits(((127 + 15 - spec.bias) as u32) << 23),
+        };
+        match (spec.bits, spec.exponent_bits) {
+            (4, _) => Self::Nibbles(std::array::from_fn(|code| element.decode(code as u8))),
+            (6, _) => Self::Sextets(fields, std::array::from_fn(|code| element.decode(code as u8))),
+            (_, 0) => Self::Int8 { fraction_bits: spec.mantissa_bits },
+            _ => Self::Fp8(fields),
+        }
+    }
+
+    /// Bytes of one block of [`LANES`] rows.
+    pub(crate) fn block_bytes(&self) -> usize {
+        LANES
+            * BLOCK
+            * match self {
+                Self::Nibbles(_) => 4,
+                Self::Sextets(..) => 6,
+                Self::Fp8(_) | Self::Int8 { .. } => 8,
+                Self::Dense(dtype) => 8 * dtype.size_bytes(),
+            }
+            / 8
+    }
+}
+
+/// Cache-line aligned bytes.
+#[derive(Debug)]
+pub(crate) struct AlignedBytes {
+    lines: Vec<Line>,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl AlignedBytes {
+    fn zeroed(bytes: usize) -> Self {
+        Self { lines: vec![Line([0; 64]); bytes.div_ceil(64)] }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.lines.as_ptr().cast()
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: `Line` is 64 plain bytes without padding.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 64) }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 64) }
+    }
+}
+
+/// A weight in this layout.
+#[derive(Debug)]
+pub(crate) struct PackedWeight {
+    /// `[N, K]`.
+    pub(crate) shape: [usize; 2],
+    pub(crate) storage: Storage,
+    /// `[groups, blocks]` of [`Storage::block_bytes`].
+    pub(crate) codes: AlignedBytes,
+    /// `[groups, blocks, LANES]`, empty for a dense weight.
+    pub(crate) scales: AlignedBytes,
+}
+
+impl PackedWeight {
+    /// Packs the stacked rows of `parts`: all with `cols` columns, and one storage. `None` if there is no kernel for
+    /// the format.
+    pub(crate) fn new(parts: &[WeightSource<'_>], pool: &mut Pool) -> Option<Self> {
+        let cols = parts[0].shape()[1];
+        let rows = parts.iter().map(|p| p.shape()[0]).sum();
+        let storage = match &parts[0] {
+            WeightSource::Mx { tensor, .. } if tensor.format().block.size() == BLOCK => {
+                Storage::of(tensor.format().element)
+            }
+            WeightSource::Mx { .. } => return None,
+            WeightSource::Dense { dtype, .. } => Storage::Dense(*dtype),
+        };
+        let (groups, blocks) = (usize::div_ceil(rows, LANES), usize::div_ceil(cols, BLOCK));
+        let has_scales = !matches!(storage, Storage::Dense(_));
+        let mut codes = AlignedBytes::zeroed(groups * blocks * storage.block_bytes());
+        let mut scales = AlignedBytes::zeroed(if has_scales { groups * blocks * LANES } else { 0 });
+        let code_groups = DisjointSlices::new(codes.as_mut_slice(), blocks * storage.block_bytes());
+        let scale_groups =
+            DisjointSlices::new(scales.as_mut_slice(), if has_scales { blocks * LANES } else { 0 });
+        pool.run(groups, &|group, _| {
+            // SAFETY: each group is a task of its own.
+            let (codes, scales) = unsafe { (code_groups.slice(group), scale_groups.slice(group)) };
+            pack_group(&storage, parts, group * LANES, codes, scales);
+        });
+        Some(Self { shape: [rows, cols], storage, codes, scales })
+    }
+
+    /// Row groups of [`LANES`] rows.
+    pub(crate) fn groups(&self) -> usize {
+        self.shape[0].div_ceil(LANES)
+    }
+
+    /// Blocks of [`BLOCK`] elements along K.
+    pub(crate) fn blocks(&self) -> usize {
+        self.shape[1].div_ceil(BLOCK)
+    }
+
+    /// Decodes row `row` into `out` (K values).
+    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
+        let (group, lane, blocks) = (row / LANES, row % LANES, self.blocks());
+        let block_bytes = self.storage.block_bytes();
+        for (b, out) in out.chunks_mut(BLOCK).enumerate() {
+            let bytes = &self.codes.as_slice()[(group * blocks + b) * block_bytes..][..block_bytes];
+            let word = |w: usize| {
+                let at = (w * LANES + lane) * 2;
+                u16::from_le_bytes([bytes[at], bytes[at + 1]])
+            };
+            let scale = || E8m0(self.scales.as_slice()[(group * blocks + b) * LANES + lane]).to_f32();
+            for (k, out) in out.iter_mut().enumerate() {
+                let nibble = || usize::from(word(k / 4) >> (4 * (k % 4))) & 15;
+                *out = match &self.storage {
+                    Storage::Nibbles(table) => table[nibble()] * scale(),
+                    Storage::Sextets(_, table) => {
+                        let code = nibble() | (usize::from(word(8 + k / 8) >> (2 * (k % 8))) & 3) << 4;
+                        let magnitude = table[code & 31] * scale();
+                        if code & 32 == 0 { magnitude } else { -magnitude }
+                    }
+                    Storage::Fp8(fields) => {
+                        let code = u16::from(bytes[k * LANES + lane]);
+                        let sign = code >> 7;
+                        let half = sign << 15 | (code & 0x7F) << fields.shift;
+                        half::f16::from_bits(half).to_f32() * fields.factor * scale()
+                    }
+                    Storage::Int8 { fraction_bits } => {
+                        let code = bytes[k * LANES + lane] as i8;
+                        f32::from(code) / (1u32 << fraction_bits) as f32 * scale()
+                    }
+                    Storage::Dense(dtype) => {
+                        let size = dtype.size_bytes();
+                        let at = &bytes[(k * LANES + lane) * size..][..size];
+                        match dtype {
+                            DenseDtype::Bf16 => half::bf16::from_le_bytes([at[0], at[1]]).to_f32(),
+                            DenseDtype::F16 => half::f16::from_le_bytes([at[0], at[1]]).to_f32(),
+                            DenseDtype::F32 => f32::from_le_bytes([at[0], at[1], at[2], at[3]]),
+                        }
+                    }
+                };
+            }
+        }
+    }
+}
+
+/// Packs rows `first .. first + LANES` of the stacked `parts` (fewer at the end) into one group's bytes.
+fn pack_group(
+    storage: &Storage,
+    parts: &[WeightSource<'_>],
+    first: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    let mut row_codes = vec![0; parts[0].shape()[1]];
+    for lane in 0..LANES {
+        let mut row = first + lane;
+        let Some(part) = parts.iter().find(|part| {
+            let rows = part.shape()[0];
+            let inside = row < rows;
+            if !inside {
+                row -= rows;
+            }
+            inside
+        }) else {
+            return;
+        };
+        match part {
+            WeightSource::Mx { tensor, .. } => {
+                let format = tensor.format();
+                unpack(tensor.row_codes(row), format.element.spec().bits, &mut row_codes);
+                pack_mx_row(storage, format, &row_codes, tensor.row_scales(row), lane, codes, scales);
+            }
+            WeightSource::Dense { dtype, bytes, shape } => {
+                let size = dtype.size_bytes();
+                let row_bytes = shape[1] * size;
+                for (k, value) in bytes[row * row_bytes..][..row_bytes].chunks_exact(size).enumerate() {
+                    codes[(k * LANES + lane) * size..][..size].copy_from_slice(value);
+                }
+            }
+        }
+    }
+}
+
+/// Packs one row's codes into lane `lane` of its group.
+fn pack_mx_row(
+    storage: &Storage,
+    format: MxFormat,
+    row_codes: &[u8],
+    row_scales: &[u8],
+    lane: usize,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    let spec = format.element.spec();
+    let blocks = codes.chunks_exact_mut(storage.block_bytes());
+    for (b, ((block, out), &scale)) in row_codes.chunks_exact(BLOCK).zip(blocks).zip(row_scales).enumerate() {
+        if spec.bits == 8 {
+            for (k, &code) in block.iter().enumerate() {
+                out[k * LANES + lane] = code;
+            }
+        } else {
+            let mut put_word = |word: usize, value: u16| {
+                out[(word * LANES + lane) * 2..][..2].copy_from_slice(&value.to_le_bytes());
+            };
+            for (q, quad) in block.chunks_exact(4).enumerate() {
+                put_word(q, quad.iter().rev().fold(0, |w, c| w << 4 | u16::from(c & 15)));
+            }
+            if spec.bits == 6 {
+                for (h, eight) in block.chunks_exact(8).enumerate() {
+                    put_word(8 + h, eight.iter().rev().fold(0, |w, c| w << 2 | u16::from(c >> 4)));
+                }
+            }
+        }
+        // A NaN element makes every product of its row NaN, as a NaN scale does: the E4M3 decoder need not know.
+        let has_nan = spec.specials == Specials::NanOnly && block.iter().any(|c| c & 0x7F == 0x7F);
+        scales[b * LANES + lane] = if has_nan { E8m0::NAN.0 } else { scale };
+    }
+}

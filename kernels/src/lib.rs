@@ -1,0 +1,18 @@
+//! Numbers and operators: the MX formats, the [`Backend`] seam, and the devices behind it.
+//!
+//! Nothing here knows HTTP, checkpoints or requests.
+
+mod backend;
+mod buffer;
+mod cpu;
+mod error;
+pub mod mx;
+mod weight;
+
+pub use backend::{
+    AttentionInputs, Backend, DenseDtype, Device, HeadNorm, Heads, KV_BLOCK_TOKENS, PagedKv, SampleParams,
+    TokenLogprobs, WeightSource, open,
+};
+pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
+pub use error::{Error, Result};
+pub use weight::Weight;
