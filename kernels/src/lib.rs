@@ -7,6 +7,7 @@ mod buffer;
 mod cpu;
 mod error;
 pub mod mx;
+pub mod reference;
 mod weight;
 
 pub use backend::{

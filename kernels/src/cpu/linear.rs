@@ -29,8 +29,8 @@ const NARROW_TILE_TOKENS: usize = 6;
 /// Blocks along K that are decoded into scratch at a time: 32 x 32 x 2 x 16 floats, half of a usual L2 cache's 512 KiB.
 const PANEL_BLOCKS: usize = 32;
 
-/// Floats of scratch that each thread of [`linear`] needs.
-pub(crate) const SCRATCH: usize = PANEL_BLOCKS * BLOCK * TILE_GROUPS * LANES;
+/// Floats of a decoded panel.
+const PANEL_FLOATS: usize = PANEL_BLOCKS * BLOCK * TILE_GROUPS * LANES;
 
 /// Decodes four consecutive elements along K of a row group.
 trait Codec: Copy {
@@ -421,31 +421,9 @@ dispatch! {
     fn run_part_on(p: &Problem<'_>, part: Part) = run_part
 }
 
-/// Per-thread scratch of [`linear`].
-pub(crate) struct Scratch {
-    floats: Vec<f32>,
-    per_thread: usize,
-}
-
-impl Scratch {
-    /// No scratch yet.
-    pub(crate) const fn new() -> Self {
-        Self { floats: Vec::new(), per_thread: 0 }
-    }
-
-    /// Makes room for `tokens` tokens on each of `threads` threads; grows only.
-    pub(crate) fn reserve(&mut self, tokens: usize, threads: usize) {
-        let per_thread = SCRATCH + tokens * TILE_GROUPS * LANES;
-        if per_thread > self.per_thread {
-            self.per_thread = per_thread;
-            self.floats = vec![0.0; per_thread * threads];
-        }
-    }
-
-    /// Bytes held.
-    pub(crate) fn bytes(&self) -> usize {
-        size_of_val(self.floats.as_slice())
-    }
+/// Floats of scratch that each thread of [`linear`] needs for `tokens` tokens: a decoded panel, and totals.
+pub(crate) const fn scratch_floats(tokens: usize) -> usize {
+    PANEL_FLOATS + tokens * TILE_GROUPS * LANES
 }
 
 /// Where a product's result goes: N columns from `column` of rows of `width`.
@@ -457,6 +435,7 @@ pub(crate) struct OutColumns {
 
 /// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]` for `tokens` rows. `x` is `[tokens, x_stride]`, its
 /// columns from K to the end of the last block zero.
+/// `scratch` holds [`scratch_floats`] for each thread.
 ///
 /// # Panics
 /// A slice is too short.
@@ -464,7 +443,7 @@ pub(crate) struct OutColumns {
 pub(crate) fn linear(
     isa: Isa,
     pool: &mut Pool,
-    scratch: &mut Scratch,
+    scratch: &mut [f32],
     weight: &PackedWeight,
     bias: Option<&[f32]>,
     x: &[f32],
@@ -481,7 +460,6 @@ pub(crate) fn linear(
     assert!(column + weight.shape[0] <= width && out.len() >= tokens * width, "out holds the result");
     assert!(bias.is_none_or(|bias| bias.len() == weight.shape[0]), "one bias per output");
     let threads = pool.threads();
-    scratch.reserve(tokens, threads);
     let scale_factor = match weight.storage {
         Storage::Int8 { fraction_bits } => 1.0 / (1u32 << fraction_bits) as f32,
         _ => 1.0,
@@ -497,7 +475,7 @@ pub(crate) fn linear(
         out: unsafe { out.as_mut_ptr().add(column) },
         out_stride: width,
     };
-    let pieces = super::pool::DisjointSlices::new(&mut scratch.floats, scratch.per_thread);
+    let pieces = super::pool::DisjointSlices::new(scratch, scratch_floats(tokens));
     // Streaming wants long runs; the blocked product balances better with many small tasks.
     let groups = weight.groups();
     let per_task = if tokens <= STREAM_ROWS {
@@ -511,7 +489,7 @@ pub(crate) fn linear(
             let scratch = pieces.slice(thread).as_mut_ptr();
             let from = task * per_task;
             let part =
-                Part { from, to: (from + per_task).min(groups), scratch, totals: scratch.add(SCRATCH) };
+                Part { from, to: (from + per_task).min(groups), scratch, totals: scratch.add(PANEL_FLOATS) };
             run_part_on(isa, &problem, part);
         }
     });

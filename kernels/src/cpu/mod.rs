@@ -6,16 +6,20 @@ mod linear;
 mod packed;
 mod pool;
 mod sampling;
+mod scratch;
 mod simd;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
-use self::linear::{OutColumns, Scratch, linear};
+use self::linear::{OutColumns, linear, scratch_floats};
 use self::packed::BLOCK;
 pub(crate) use self::packed::PackedWeight;
 use self::pool::{DisjointSlices, Pool};
+use self::scratch::Scratch;
 use self::simd::Isa;
 use crate::backend::{
     AttentionInputs, Backend, HeadNorm, Heads, PagedKv, SampleParams, TokenLogprobs, WeightSource,
@@ -40,11 +44,11 @@ struct State {
     pool: Pool,
     linear: Scratch,
     /// Inputs of a linear layer, quantized as its scheme declares or padded to whole blocks.
-    input: Vec<f32>,
+    input: Scratch,
     /// Scores, per thread.
-    scores: Vec<f32>,
+    scores: Scratch,
     /// Sampling weights.
-    weights: Vec<f32>,
+    weights: Scratch,
 }
 
 impl CpuBackend {
@@ -54,17 +58,15 @@ impl CpuBackend {
     }
 
     fn with_isa(threads: usize, isa: Isa) -> Self {
-        Self {
-            isa,
-            memory: Arc::default(),
-            state: RefCell::new(State {
-                pool: Pool::new(threads),
-                linear: Scratch::new(),
-                input: Vec::new(),
-                scores: Vec::new(),
-                weights: Vec::new(),
-            }),
-        }
+        let memory = Arc::default();
+        let state = RefCell::new(State {
+            pool: Pool::new(threads),
+            linear: Scratch::new(&memory),
+            input: Scratch::new(&memory),
+            scores: Scratch::new(&memory),
+            weights: Scratch::new(&memory),
+        });
+        Self { isa, memory, state }
     }
 
     /// Calls `body(row, out_row)` for the first `rows` rows of `out`, in parallel when there is enough to do.
@@ -303,7 +305,7 @@ impl Backend for CpuBackend {
         let (x, stride) = if activation.is_none() && padded == cols {
             (x, cols)
         } else {
-            input.resize(input.len().max(rows * padded), 0.0);
+            let input = input.take(rows * padded);
             let pieces = DisjointSlices::new(input, padded);
             pool.run(rows, &|m, _| {
                 // SAFETY: each row is taken once.
@@ -315,8 +317,9 @@ impl Backend for CpuBackend {
                 }
                 row[cols..].fill(0.0);
             });
-            (&input[..], padded)
+            (&*input, padded)
         };
+        let scratch = scratch.take(scratch_floats(rows) * pool.threads());
         linear(self.isa, pool, scratch, weight, bias, x, stride, rows, floats_mut(out), columns);
     }
 
@@ -386,8 +389,7 @@ impl Backend for CpuBackend {
         let longest = context_lens.iter().max().map_or(0, |&n| n as usize);
         let State { pool, scores, .. } = &mut *self.state.borrow_mut();
         let per_thread = score_floats(longest);
-        scores.resize(scores.len().max(per_thread * pool.threads()), 0.0);
-        let scores = DisjointSlices::new(scores, per_thread);
+        let scores = DisjointSlices::new(scores.take(per_thread * pool.threads()), per_thread);
         let geometry = KvGeometry { heads };
         pool.run(rows * heads.kv, &|task, thread| {
             let (row, head) = (task / heads.kv, task % heads.kv);
@@ -430,9 +432,10 @@ impl Backend for CpuBackend {
     fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer) {
         let logits = floats(logits);
         let mut state = self.state.borrow_mut();
+        let weights = state.weights.take(width);
         let Storage::HostU32(out) = &mut out.storage else { panic!("tokens are U32") };
-        for (m, params) in params.iter().enumerate() {
-            out[m] = sampling::sample(self.isa, &logits[m * width..][..width], params, &mut state.weights);
+        for ((out, logits), params) in out.iter_mut().zip(logits.chunks_exact(width)).zip(params) {
+            *out = sampling::sample(self.isa, logits, params, weights);
         }
     }
 

@@ -87,11 +87,10 @@ fn argmax(isa: Isa, row: &[f32]) -> u32 {
 ///
 /// Tokens are kept by top-k, then top-p, then min-p, most likely first and lower ids first among equals; the draw runs
 /// over the kept tokens in order of id.
-pub(crate) fn sample(isa: Isa, row: &[f32], params: &SampleParams, weights: &mut Vec<f32>) -> u32 {
+pub(crate) fn sample(isa: Isa, row: &[f32], params: &SampleParams, weights: &mut [f32]) -> u32 {
     if params.temperature <= 0.0 {
         return argmax(isa, row);
     }
-    weights.resize(row.len(), 0.0);
     // SAFETY: `isa` is available.
     unsafe {
         let max = max_of(isa, row);

@@ -1,0 +1,478 @@
+//! The CPU operators against their defining loops, on every instruction set of this processor.
+
+use super::simd::Isa;
+use super::*;
+use crate::backend::{DenseDtype, KV_BLOCK_TOKENS};
+use crate::mx::{Cast, ElementRounding, ElementType, MxFormat, MxTensor, Specials, Values, quantize_rows};
+use crate::reference;
+
+/// Seeded numbers in [-1, 1), with some structure in their magnitudes.
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn next(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn vec(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.next()).collect()
+    }
+}
+
+fn backends() -> Vec<CpuBackend> {
+    Isa::available().into_iter().flat_map(|isa| [1, 3].map(|t| CpuBackend::with_isa(t, isa))).collect()
+}
+
+fn upload_f32(backend: &CpuBackend, values: &[f32]) -> Buffer {
+    let mut buffer = backend.alloc(Dtype::F32, values.len(), Component::Workspace).unwrap();
+    backend.write_f32(&mut buffer, 0, values);
+    buffer
+}
+
+fn upload_u32(backend: &CpuBackend, values: &[u32]) -> Buffer {
+    let mut buffer = backend.alloc(Dtype::U32, values.len(), Component::Workspace).unwrap();
+    backend.write_u32(&mut buffer, 0, values);
+    buffer
+}
+
+fn read(backend: &CpuBackend, buffer: &Buffer) -> Vec<f32> {
+    let mut out = vec![0.0; buffer.len()];
+    backend.read_f32(buffer, 0, &mut out);
+    out
+}
+
+/// Poisoned output: an element that an operator forgets is NaN.
+fn poison(backend: &CpuBackend, len: usize) -> Buffer {
+    upload_f32(backend, &vec![f32::NAN; len])
+}
+
+#[track_caller]
+fn assert_bits(actual: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
+        assert!(a.to_bits() == e.to_bits() || (a.is_nan() && e.is_nan()), "{what}: [{i}] is {a}, not {e}");
+    }
+}
+
+#[track_caller]
+fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
+        assert!((a - e).abs() <= tolerance * (1.0 + e.abs()), "{what}: [{i}] is {a}, not {e}");
+    }
+}
+
+/// A weight in both forms: packed on disk, and as element values and scales.
+struct TestWeight {
+    format: MxFormat,
+    shape: [usize; 2],
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl TestWeight {
+    fn random(format: MxFormat, shape: [usize; 2], seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mut codes = vec![0; shape[0] * format.code_bytes(shape[1])];
+        let mut scales = vec![0; shape[0] * format.scale_bytes(shape[1])];
+        // Every code and many scales, not only those that quantization makes; no specials.
+        let spec = format.element.spec();
+        codes.iter_mut().for_each(|c| {
+            *c = random.bits() as u8;
+            if spec.specials != Specials::None && !format.element.decode(*c).is_finite() {
+                *c = 1;
+            }
+        });
+        scales.iter_mut().for_each(|s| *s = 110 + (random.bits() % 24) as u8);
+        scales[0] = 0;
+        Self { format, shape, codes, scales }
+    }
+
+    fn tensor(&self) -> MxTensor<'_> {
+        MxTensor::new(self.format, self.shape, &self.codes, &self.scales).unwrap()
+    }
+
+    fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
+        WeightSource::Mx { tensor: self.tensor(), weight: self.format.into(), activation }
+    }
+
+    /// Element values and scales such that value = element * scale; integers carry no fraction in the element.
+    fn parts(&self) -> (Vec<f32>, Vec<f32>) {
+        let spec = self.format.element.spec();
+        let unit = if spec.bits == 8 && spec.exponent_bits == 0 { 2.0_f32.powi(-6) } else { 1.0 };
+        let mut codes = vec![0; self.shape[0] * self.shape[1]];
+        crate::mx::unpack(&self.codes, spec.bits, &mut codes);
+        let elements = codes.iter().map(|&c| self.format.element.decode(c) / unit).collect();
+        let scales = self.scales.iter().map(|&s| crate::mx::E8m0(s).to_f32() * unit).collect();
+        (elements, scales)
+    }
+}
+
+#[test]
+fn linear_equals_its_definition_for_every_format_and_number_of_rows() {
+    // 70 outputs leave a partial row group; 1120 columns make a second, partial panel.
+    for shape in [[70, 96], [16, 32], [37, 1120]] {
+        for element in ElementType::ALL {
+            let weight = TestWeight::random(MxFormat::new(element), shape, 7);
+            let (elements, scales) = weight.parts();
+            let bias = Random(3).vec(shape[0]);
+            for rows in [1, 2, 3, 4, 5, 12, 17, 31] {
+                let x = Random(11).vec(rows * shape[1]);
+                let expected = reference::linear(&x, &elements, Some(&scales), Some(&bias), shape);
+                for backend in backends() {
+                    let what = format!("{element:?} {shape:?} x {rows} on {}", backend.description());
+                    let w = backend.upload(&[weight.source(None)], Some(&bias)).unwrap();
+                    let mut out = poison(&backend, rows * shape[0]);
+                    backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, shape[0], 0);
+                    assert_bits(&read(&backend, &out), &expected, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_linear_takes_any_number_of_columns_and_each_dtype() {
+    for shape in [[33, 50], [20, 64], [5, 1100]] {
+        let values = Random(5).vec(shape[0] * shape[1]);
+        for dtype in [DenseDtype::Bf16, DenseDtype::F16, DenseDtype::F32] {
+            let (bytes, elements): (Vec<u8>, Vec<f32>) = match dtype {
+                DenseDtype::Bf16 => {
+                    let v: Vec<_> = values.iter().map(|&v| half::bf16::from_f32(v)).collect();
+                    (v.iter().flat_map(|v| v.to_le_bytes()).collect(), v.iter().map(|v| v.to_f32()).collect())
+                }
+                DenseDtype::F16 => {
+                    let v: Vec<_> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
+                    (v.iter().flat_map(|v| v.to_le_bytes()).collect(), v.iter().map(|v| v.to_f32()).collect())
+                }
+                DenseDtype::F32 => (values.iter().flat_map(|v| v.to_le_bytes()).collect(), values.clone()),
+            };
+            for rows in [1, 6, 13] {
+                let x = Random(2).vec(rows * shape[1]);
+                let expected = reference::linear(&x, &elements, None, None, shape);
+                for backend in backends() {
+                    let source = WeightSource::Dense { dtype, shape, bytes: &bytes };
+                    let w = backend.upload(&[source], None).unwrap();
+                    // The result's columns are in the middle of wider rows.
+                    let width = shape[0] + 9;
+                    let mut out = upload_f32(&backend, &vec![-7.0; rows * width]);
+                    backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, width, 4);
+                    let out = read(&backend, &out);
+                    for (row, expected) in out.chunks_exact(width).zip(expected.chunks_exact(shape[0])) {
+                        assert_bits(&row[4..4 + shape[0]], expected, &format!("{dtype:?} {shape:?}"));
+                        assert!(row[..4].iter().chain(&row[4 + shape[0]..]).all(|&v| v == -7.0));
+                    }
+                    let mut row = poison(&backend, shape[1]);
+                    backend.embed(&w, &upload_u32(&backend, &[3]), 1, &mut row);
+                    assert_bits(&read(&backend, &row), &elements[3 * shape[1]..][..shape[1]], "embed");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn declared_activations_are_quantized() {
+    let shape = [32, 64];
+    let weight = TestWeight::random("mxfp4".parse().unwrap(), shape, 1);
+    let (elements, scales) = weight.parts();
+    let x = Random(4).vec(5 * 64);
+    for name in ["mxfp6", "mxfp8", "mxfp4", "mxint8", "mxfp6_e3m2", "mxfp8_e5m2"] {
+        let cast = Cast::from(name.parse::<MxFormat>().unwrap());
+        let mut quantized = vec![0.0; x.len()];
+        let mut codes = vec![0; cast.format.code_bytes(x.len())];
+        let mut block_scales = vec![0; cast.format.scale_bytes(x.len())];
+        let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let values = Values::F32(&bytes);
+        quantize_rows(cast, ElementRounding::NearestEven, values, 0, &mut codes, &mut block_scales).unwrap();
+        let tensor = MxTensor::new(cast.format, [1, x.len()], &codes, &block_scales).unwrap();
+        tensor.dequantize_row(0, &mut quantized);
+        assert_ne!(quantized, x);
+        let expected = reference::linear(&quantized, &elements, Some(&scales), None, shape);
+        for backend in backends() {
+            let w = backend.upload(&[weight.source(Some(cast))], None).unwrap();
+            let mut out = poison(&backend, 5 * 32);
+            backend.linear(&upload_f32(&backend, &x), 5, &w, &mut out, 32, 0);
+            assert_bits(&read(&backend, &out), &expected, name);
+        }
+    }
+}
+
+#[test]
+fn a_nan_scale_or_element_makes_its_row_nan_and_no_other() {
+    for element in [ElementType::E4m3, ElementType::E5m2, ElementType::E2m1, ElementType::Int8] {
+        let shape = [20, 64];
+        let mut weight = TestWeight::random(MxFormat::new(element), shape, 9);
+        weight.scales[3 * 2 + 1] = 255;
+        let mut nan_rows = vec![3];
+        if element.spec().specials != Specials::None {
+            weight.codes[5 * 64 + 40] = 0xFF;
+            nan_rows.push(5);
+        }
+        let x = Random(4).vec(64 * 6);
+        for backend in backends() {
+            let w = backend.upload(&[weight.source(None)], None).unwrap();
+            for rows in [1, 6] {
+                let mut out = upload_f32(&backend, &vec![0.0; rows * 20]);
+                backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, 20, 0);
+                for (i, v) in read(&backend, &out).iter().enumerate() {
+                    assert_eq!(v.is_nan(), nan_rows.contains(&(i % 20)), "{element:?} output {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn stacked_parts_are_one_weight_and_embedding_decodes_it() {
+    for element in ElementType::ALL {
+        let format = MxFormat::new(element);
+        let (a, b) = (TestWeight::random(format, [19, 64], 1), TestWeight::random(format, [6, 64], 2));
+        for backend in backends() {
+            let w = backend.upload(&[a.source(None), b.source(None)], None).unwrap();
+            assert_eq!(w.shape(), [25, 64]);
+            let mut out = poison(&backend, 3 * 64);
+            backend.embed(&w, &upload_u32(&backend, &[18, 19, 24]), 3, &mut out);
+            let out = read(&backend, &out);
+            let mut expected = vec![0.0; 3 * 64];
+            a.tensor().dequantize_row(18, &mut expected[..64]);
+            b.tensor().dequantize_row(0, &mut expected[64..128]);
+            b.tensor().dequantize_row(5, &mut expected[128..]);
+            assert_bits(&out, &expected, &format!("{element:?}"));
+        }
+    }
+}
+
+#[test]
+fn packed_weights_take_the_bytes_of_their_format() {
+    let backend = CpuBackend::new(1);
+    for element in ElementType::ALL {
+        let format = MxFormat::new(element);
+        let weight = TestWeight::random(format, [64, 128], 1);
+        let w = backend.upload(&[weight.source(None)], None).unwrap();
+        assert_eq!(w.bytes(), weight.tensor().num_bytes(), "{element:?}");
+        assert_eq!(backend.memory().bytes(Component::Weights), weight.codes.len());
+        assert_eq!(backend.memory().bytes(Component::Scales), weight.scales.len());
+        drop(w);
+        assert_eq!(backend.memory().bytes(Component::Weights), 0);
+    }
+}
+
+#[test]
+fn row_operators_equal_their_definition() {
+    for width in [64, 100, 576] {
+        for rows in [1, 40] {
+            let (x, delta) = (Random(1).vec(rows * width), Random(2).vec(rows * width));
+            let weight = Random(3).vec(width);
+            let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
+            let norm = |x: &[f32]| -> Vec<f32> {
+                x.chunks_exact(width).flat_map(|row| reference::rms_norm(row, &weight, 1e-5)).collect()
+            };
+            for backend in backends() {
+                let what = format!("{rows} x {width} on {}", backend.description());
+                let w = upload_f32(&backend, &weight);
+                let mut out = poison(&backend, rows * width);
+                backend.rms_norm(&upload_f32(&backend, &x), &w, 1e-5, rows, &mut out);
+                assert_close(&read(&backend, &out), &norm(&x), 1e-6, &what);
+
+                let mut residual = upload_f32(&backend, &x);
+                let delta = upload_f32(&backend, &delta);
+                backend.add_rms_norm(&delta, &mut residual, &w, 1e-5, rows, &mut out);
+                assert_bits(&read(&backend, &residual), &sum, &what);
+                assert_close(&read(&backend, &out), &norm(&sum), 1e-6, &what);
+
+                let gate_up: Vec<f32> = Random(8).vec(rows * 2 * width).iter().map(|v| v * 30.0).collect();
+                let expected: Vec<f32> =
+                    gate_up.chunks_exact(2 * width).flat_map(reference::silu_mul).collect();
+                backend.silu_mul(&upload_f32(&backend, &gate_up), rows, width, &mut out);
+                assert_close(&read(&backend, &out), &expected, 1e-6, &what);
+            }
+        }
+    }
+}
+
+/// Two sequences whose blocks are interleaved in the cache, in chunks; returns each row's attention output.
+fn run_attention(
+    backend: &CpuBackend,
+    heads: Heads,
+    dtype: Dtype,
+    window: Option<usize>,
+    qkv: &[&[f32]],
+    chunk: usize,
+) -> Vec<Vec<f32>> {
+    let width = heads.qkv_width();
+    let lens: Vec<usize> = qkv.iter().map(|q| q.len() / width).collect();
+    let max_blocks = lens.iter().max().unwrap().div_ceil(KV_BLOCK_TOKENS) + 1;
+    let block = |s: usize, i: usize| (i * qkv.len() + (qkv.len() - 1 - s)) as u32;
+    let tables: Vec<u32> = (0..qkv.len()).flat_map(|s| (0..max_blocks).map(move |i| block(s, i))).collect();
+    let mut cache = backend.alloc_kv(max_blocks * qkv.len(), heads, dtype).unwrap();
+    let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|i| 0.3_f32.powi(i as i32)).collect();
+    let inv_freq = upload_f32(backend, &inv_freq);
+    let mut out = vec![Vec::new(); qkv.len()];
+    for start in (0..*lens.iter().max().unwrap()).step_by(chunk) {
+        let (mut rows, mut query_start, mut contexts) = (Vec::new(), vec![0], Vec::new());
+        let (mut positions, mut slots, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+        let mut step_tables = Vec::new();
+        for (s, &len) in lens.iter().enumerate() {
+            let end = (start + chunk).min(len);
+            if start >= end {
+                continue;
+            }
+            rows.extend_from_slice(&qkv[s][start * width..end * width]);
+            positions.extend((start..end).map(|p| p as u32));
+            slots.extend((start..end).map(|p| block(s, p / 16) * 16 + (p % 16) as u32));
+            query_start.push(positions.len() as u32);
+            contexts.push(end as u32);
+            step_tables.extend_from_slice(&tables[s * max_blocks..][..max_blocks]);
+            ids.push(s);
+        }
+        let m = positions.len();
+        let mut x = upload_f32(backend, &rows);
+        let mut rope = poison(backend, m * heads.dim);
+        backend.rope_table(&upload_u32(backend, &positions), &inv_freq, 1.0, m, &mut rope);
+        backend.rope_and_cache(&mut x, heads, &rope, None, &upload_u32(backend, &slots), m, &mut cache);
+        let mut y = poison(backend, m * heads.q_width());
+        let inputs = AttentionInputs {
+            sequences: ids.len(),
+            query_start: &upload_u32(backend, &query_start),
+            context_lens: &upload_u32(backend, &contexts),
+            block_tables: &upload_u32(backend, &step_tables),
+            max_blocks,
+        };
+        backend.paged_attention(&x, heads, 0.2, window, &inputs, &cache, &mut y);
+        let y = read(backend, &y);
+        for (i, s) in ids.into_iter().enumerate() {
+            let rows = query_start[i] as usize..query_start[i + 1] as usize;
+            out[s].extend_from_slice(&y[rows.start * heads.q_width()..rows.end * heads.q_width()]);
+        }
+    }
+    out
+}
+
+fn expected_attention(heads: Heads, window: Option<usize>, qkv: &[f32]) -> Vec<f32> {
+    let (dim, width) = (heads.dim, heads.qkv_width());
+    let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 0.3_f32.powi(i as i32)).collect();
+    let (mut keys, mut values, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    for (p, row) in qkv.chunks_exact(width).enumerate() {
+        let mut row = row.to_vec();
+        for head in row[..(heads.q + heads.kv) * dim].chunks_exact_mut(dim) {
+            reference::rope(head, p as u32, &inv_freq, 1.0);
+        }
+        keys.extend_from_slice(&row[heads.q_width()..][..heads.kv * dim]);
+        values.extend_from_slice(&row[heads.q_width() + heads.kv * dim..]);
+        let from = window.map_or(0, |w| (p + 1).saturating_sub(w)) * heads.kv * dim;
+        out.extend(reference::attention(&row[..heads.q_width()], &keys[from..], &values[from..], heads, 0.2));
+    }
+    out
+}
+
+#[test]
+fn attention_equals_its_definition_and_does_not_depend_on_chunks_or_neighbours() {
+    for heads in [
+        Heads { q: 9, kv: 3, dim: 64 },
+        Heads { q: 4, kv: 4, dim: 32 },
+        Heads { q: 7, kv: 1, dim: 80 },
+        Heads { q: 2, kv: 1, dim: 24 },
+        Heads { q: 10, kv: 2, dim: 128 },
+    ] {
+        let (a, b) = (Random(1).vec(53 * heads.qkv_width()), Random(2).vec(18 * heads.qkv_width()));
+        for window in [None, Some(7), Some(16), Some(33)] {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let what = format!("{heads:?} window {window:?} {dtype:?}");
+                let expected = [expected_attention(heads, window, &a), expected_attention(heads, window, &b)];
+                let mut first: Option<Vec<Vec<f32>>> = None;
+                for backend in backends() {
+                    let whole = run_attention(&backend, heads, dtype, window, &[&a, &b], 64);
+                    let tolerance = if dtype == Dtype::F32 { 2e-6 } else { 1e-2 };
+                    assert_close(&whole[0], &expected[0], tolerance, &what);
+                    assert_close(&whole[1], &expected[1], tolerance, &what);
+                    let first = first.get_or_insert_with(|| whole.clone());
+                    assert_bits(&whole[0], &first[0], &what);
+                    for chunk in [1, 5, 16] {
+                        let chunked = run_attention(&backend, heads, dtype, window, &[&a, &b], chunk);
+                        assert_bits(&chunked[0], &first[0], &format!("{what} in chunks of {chunk}"));
+                        assert_bits(&chunked[1], &first[1], &format!("{what} in chunks of {chunk}"));
+                    }
+                    let alone = run_attention(&backend, heads, dtype, window, &[&b], 64);
+                    assert_bits(&alone[0], &first[1], &format!("{what} alone"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn exp_is_within_two_ulp_and_keeps_nan() {
+    let xs: Vec<f32> = (-87_000..88_000).map(|i| i as f32 * 1e-3 + 3e-4).collect();
+    for backend in backends() {
+        // silu(x) * up with gate = x: recover 1 + e^-x from it would lose bits; log-probabilities use exp directly.
+        let logits = upload_f32(&backend, &xs);
+        let out = backend.logprobs(&logits, xs.len(), &[0], &[5], 3);
+        let expected = reference::log_softmax(&xs);
+        assert!((out[0].logprob - expected[5]).abs() < 1e-4);
+        assert_eq!(out[0].top[0].0 as usize, xs.len() - 1);
+        assert_eq!(out[0].rank as usize, xs.len() - 5);
+        assert!((out[0].top[1].1 - expected[xs.len() - 2]).abs() < 1e-4);
+    }
+    let mut nan = vec![1.0; 16];
+    nan[3] = f32::NAN;
+    for backend in backends() {
+        let mut out = poison(&backend, 8);
+        backend.silu_mul(&upload_f32(&backend, &nan), 1, 8, &mut out);
+        let out = read(&backend, &out);
+        assert!(out[3].is_nan() && out[2].is_finite());
+    }
+}
+
+fn draw(backend: &CpuBackend, logits: &[f32], params: SampleParams) -> u32 {
+    let mut out = backend.alloc(Dtype::U32, 1, Component::Workspace).unwrap();
+    backend.sample(&upload_f32(backend, logits), logits.len(), &[params], &mut out);
+    let mut token = [0];
+    backend.read_u32(&out, 0, &mut token);
+    token[0]
+}
+
+const PLAIN: SampleParams =
+    SampleParams { temperature: 1.0, top_k: None, top_p: 1.0, min_p: 0.0, seed: 1, draw: 0 };
+
+#[test]
+fn sampling_follows_the_distribution_and_its_restrictions() {
+    let probabilities = [0.05_f32, 0.4, 0.2, 0.3, 0.04, 0.01];
+    let logits: Vec<f32> = probabilities.iter().map(|p| p.ln()).collect();
+    for backend in backends() {
+        let count = |params: SampleParams| {
+            let mut counts = [0_usize; 6];
+            for draw_index in 0..4000 {
+                counts[draw(&backend, &logits, SampleParams { draw: draw_index, ..params }) as usize] += 1;
+            }
+            counts
+        };
+        let free = count(PLAIN);
+        for (c, p) in free.iter().zip(probabilities) {
+            let sd = (4000.0 * p * (1.0 - p)).sqrt();
+            assert!((*c as f32 - 4000.0 * p).abs() < 5.0 * sd, "{free:?}");
+        }
+        let kept = |params| count(params).map(|c| c > 0);
+        assert_eq!(kept(SampleParams { top_k: Some(2), ..PLAIN }), [false, true, false, true, false, false]);
+        assert_eq!(kept(SampleParams { top_p: 0.65, ..PLAIN }), [false, true, false, true, false, false]);
+        assert_eq!(kept(SampleParams { top_p: 0.75, ..PLAIN }), [false, true, true, true, false, false]);
+        assert_eq!(kept(SampleParams { min_p: 0.45, ..PLAIN }), [false, true, true, true, false, false]);
+        assert_eq!(
+            kept(SampleParams { top_k: Some(3), top_p: 0.7, ..PLAIN }),
+            [false, true, false, true, false, false]
+        );
+        assert_eq!(draw(&backend, &logits, SampleParams { temperature: 0.0, ..PLAIN }), 1);
+        assert_eq!(draw(&backend, &[2.0, 5.0, 5.0], SampleParams { temperature: 0.0, ..PLAIN }), 1);
+        let masked = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
+        assert!((0..200).all(|d| draw(&backend, &masked, SampleParams { draw: d, ..PLAIN }) == 1));
+        assert_eq!(draw(&backend, &logits, PLAIN), draw(&backend, &logits, PLAIN));
+    }
+}
