@@ -1,0 +1,211 @@
+//! The decoder that the Llama family shares: embedding, layers, final norm, output head.
+
+use kernels::{Backend, Buffer, Weight};
+
+use crate::checkpoint::Checkpoint;
+use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, check_shape, parameter};
+use crate::{KvCache, LinearInfo, Model, ModelConfig, ModelError, StepInputs, Workspace};
+
+/// Where a checkpoint keeps the modules of a decoder. Names of a layer's modules follow `{layers}.{index}.`.
+#[derive(Debug)]
+pub(crate) struct WeightNames {
+    pub(crate) embed: &'static str,
+    pub(crate) layers: &'static str,
+    pub(crate) input_norm: &'static str,
+    pub(crate) qkv: [&'static str; 3],
+    pub(crate) qk_norm: [&'static str; 2],
+    pub(crate) attention_output: &'static str,
+    pub(crate) post_attention_norm: &'static str,
+    pub(crate) gate_up: [&'static str; 2],
+    pub(crate) down: &'static str,
+    pub(crate) norm: &'static str,
+    pub(crate) head: &'static str,
+}
+
+/// A loaded decoder.
+#[derive(Debug)]
+pub(crate) struct Decoder {
+    config: ModelConfig,
+    embed: Weight,
+    inv_freq: Buffer,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    head: Head,
+    head_name: &'static str,
+}
+
+/// The output head.
+#[derive(Debug)]
+enum Head {
+    /// The embedding, used a second time.
+    Tied,
+    /// A weight of its own.
+    Own(Linear),
+}
+
+impl Decoder {
+    /// Loads the weights that `config` calls for.
+    pub(crate) fn load(
+        backend: &dyn Backend,
+        checkpoint: &Checkpoint,
+        config: ModelConfig,
+        names: &WeightNames,
+    ) -> Result<Self, ModelError> {
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embed = embedding(backend, checkpoint, names.embed, [vocab, hidden])?;
+        let loader = LayerLoader { backend, checkpoint, config: &config, names };
+        let layers = (0..config.num_layers).map(|index| loader.load(index)).collect::<Result<_, _>>()?;
+        let norm = RmsNorm::load(backend, checkpoint, names.norm, hidden, config.rms_norm_eps)?;
+        // A tied checkpoint may still carry a head: a plain copy of the embedding is not loaded twice, a quantized
+        // head is meant to be used.
+        let head = if config.tie_word_embeddings && !is_quantized(checkpoint, names.head)? {
+            Head::Tied
+        } else {
+            let module = Module { name: names.head.to_owned(), rows: vocab };
+            Head::Own(Linear::load(backend, checkpoint, &[module], hidden, false)?)
+        };
+        let inv_freq = parameter(backend, &config.rope.inv_freq)?;
+        Ok(Self { config, embed, inv_freq, layers, norm, head, head_name: names.head })
+    }
+}
+
+/// Loads the embedding, `[vocab, hidden]`.
+fn embedding(
+    backend: &dyn Backend,
+    checkpoint: &Checkpoint,
+    module: &str,
+    shape: [usize; 2],
+) -> Result<Weight, ModelError> {
+    let table = checkpoint.linear(module)?;
+    check_shape(module, &table.shape(), &shape)?;
+    Ok(backend.upload(&[table.source()], None)?)
+}
+
+/// Whether the checkpoint holds `module` quantized.
+fn is_quantized(checkpoint: &Checkpoint, module: &str) -> Result<bool, ModelError> {
+    let stored = checkpoint.contains(&format!("{module}.weight_scale"));
+    Ok(stored && checkpoint.scheme(module)?.is_some())
+}
+
+struct LayerLoader<'a> {
+    backend: &'a dyn Backend,
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    names: &'a WeightNames,
+}
+
+impl LayerLoader<'_> {
+    fn load(&self, index: usize) -> Result<DecoderLayer, ModelError> {
+        let Self { config, names, .. } = *self;
+        let (hidden, width, heads, biases) =
+            (config.hidden_size, config.intermediate_size, config.heads, config.biases);
+        let layer = format!("{}.{index}", names.layers);
+        let norm = |name: &str, len| {
+            let module = format!("{layer}.{name}");
+            RmsNorm::load(self.backend, self.checkpoint, &module, len, config.rms_norm_eps)
+        };
+        let linear = |modules: &[(&str, usize)], cols, bias| {
+            let modules: Vec<_> = (modules.iter())
+                .map(|&(name, rows)| Module { name: format!("{layer}.{name}"), rows })
+                .collect();
+            Linear::load(self.backend, self.checkpoint, &modules, cols, bias)
+        };
+        let (q_width, kv_width) = (heads.q_width(), heads.kv * heads.dim);
+        let [q, k, v] = names.qkv;
+        let [gate, up] = names.gate_up;
+        let qk_norm = if config.qk_norm {
+            let [q_norm, k_norm] = names.qk_norm;
+            Some([norm(q_norm, heads.dim)?, norm(k_norm, heads.dim)?])
+        } else {
+            None
+        };
+        Ok(DecoderLayer {
+            input_norm: norm(names.input_norm, hidden)?,
+            attention: Attention {
+                qkv: linear(&[(q, q_width), (k, kv_width), (v, kv_width)], hidden, biases.qkv)?,
+                qk_norm,
+                output: linear(&[(names.attention_output, hidden)], q_width, biases.output)?,
+                heads,
+                window: config.windows[index],
+            },
+            post_attention_norm: norm(names.post_attention_norm, hidden)?,
+            mlp: GatedMlp {
+                gate_up: linear(&[(gate, width), (up, width)], hidden, biases.mlp)?,
+                down: linear(&[(names.down, hidden)], width, biases.mlp)?,
+                width,
+            },
+        })
+    }
+}
+
+impl Model for Decoder {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace) {
+        let rows = step.rows();
+        backend.embed(&self.embed, &step.tokens, rows, &mut ws.residual);
+        backend.rope_table(&step.positions, &self.inv_freq, self.config.rope.factor, rows, &mut ws.rope);
+        for (index, (layer, cache)) in self.layers.iter().zip(kv.layers_mut()).enumerate() {
+            if index == 0 {
+                layer.input_norm.forward(backend, rows, ws);
+            } else {
+                layer.input_norm.add_forward(backend, rows, ws);
+            }
+            layer.forward(backend, step, cache, ws);
+        }
+        self.norm.add_forward(backend, rows, ws);
+    }
+
+    fn logits(&self, backend: &dyn Backend, rows: &[u32], ws: &mut Workspace) {
+        let (count, max) = (rows.len(), ws.max_logit_rows());
+        assert!(count <= max, "logits of {count} rows in a workspace for {max}");
+        backend.write_u32(&mut ws.logit_rows, 0, rows);
+        let hidden = self.config.hidden_size;
+        backend.gather_rows(&ws.normed, &ws.logit_rows, count, hidden, &mut ws.logit_hidden);
+        match &self.head {
+            Head::Tied => {
+                let vocab = self.config.vocab_size;
+                backend.linear(&ws.logit_hidden, count, &self.embed, &mut ws.logits, vocab, 0);
+            }
+            Head::Own(head) => head.forward(backend, &ws.logit_hidden, count, &mut ws.logits),
+        }
+    }
+
+    fn linear_info(&self) -> Vec<LinearInfo> {
+        let mut rows: Vec<LinearInfo> = Vec::new();
+        for part in self.layers.iter().flat_map(DecoderLayer::linears).flat_map(Linear::parts) {
+            add(&mut rows, &part.group, &part.weight);
+        }
+        match &self.head {
+            Head::Tied => add(&mut rows, self.head_name, &self.embed),
+            Head::Own(head) => head.parts().iter().for_each(|part| add(&mut rows, &part.group, &part.weight)),
+        }
+        rows
+    }
+
+    fn parameters(&self) -> usize {
+        let [vocab, hidden] = self.embed.shape();
+        let head = match &self.head {
+            Head::Tied => 0,
+            Head::Own(head) => head.parameters(),
+        };
+        let layers: usize = self.layers.iter().map(DecoderLayer::parameters).sum();
+        vocab * hidden + layers + self.norm.parameters() + head
+    }
+}
+
+/// Adds `weight` to the row of its group and scheme.
+fn add(rows: &mut Vec<LinearInfo>, group: &str, weight: &Weight) {
+    let parameters = weight.shape().into_iter().product::<usize>();
+    let (scheme, bytes) = (weight.scheme(), weight.bytes());
+    match rows.iter_mut().find(|row| row.group == group && row.scheme == scheme) {
+        Some(row) => {
+            row.layers += 1;
+            row.parameters += parameters;
+            row.bytes += bytes;
+        }
+        None => rows.push(LinearInfo { group: group.to_owned(), scheme, layers: 1, parameters, bytes }),
+    }
+}

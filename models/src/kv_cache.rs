@@ -1,0 +1,52 @@
+//! The paged KV cache of all layers.
+
+use kernels::{Backend, Dtype, KV_BLOCK_TOKENS, PagedKv};
+
+use crate::ModelConfig;
+
+/// Keys and values of every layer, in blocks of [`KV_BLOCK_TOKENS`] tokens. Block `b` is the same block in every
+/// layer, so one block table serves the whole model.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<PagedKv>,
+    blocks: usize,
+}
+
+impl KvCache {
+    /// Allocates `blocks` blocks for each layer; `dtype` is BF16 or F32.
+    ///
+    /// # Errors
+    /// Out of memory, or a dtype that the device has no attention kernel for.
+    pub fn new(
+        backend: &dyn Backend,
+        config: &ModelConfig,
+        blocks: usize,
+        dtype: Dtype,
+    ) -> kernels::Result<Self> {
+        let layers = (0..config.num_layers)
+            .map(|_| backend.alloc_kv(blocks, config.heads, dtype))
+            .collect::<kernels::Result<_>>()?;
+        Ok(Self { layers, blocks })
+    }
+
+    /// Bytes that one block takes in all layers together.
+    pub fn bytes_per_block(config: &ModelConfig, dtype: Dtype) -> usize {
+        let values_per_token = 2 * config.heads.kv * config.heads.dim;
+        config.num_layers * KV_BLOCK_TOKENS * values_per_token * dtype.size_bytes()
+    }
+
+    /// Blocks that fit `budget_bytes`.
+    pub fn blocks_in(config: &ModelConfig, dtype: Dtype, budget_bytes: usize) -> usize {
+        budget_bytes / Self::bytes_per_block(config, dtype)
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The caches of the layers, in order.
+    pub(crate) fn layers_mut(&mut self) -> &mut [PagedKv] {
+        &mut self.layers
+    }
+}

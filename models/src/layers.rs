@@ -1,0 +1,254 @@
+//! The parts of a decoder layer. Each holds its weights and writes into the step's [`Workspace`].
+
+use kernels::mx::Scheme;
+use kernels::{Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, PagedKv, Weight, WeightSource};
+
+use crate::checkpoint::{Checkpoint, LinearTensor};
+use crate::{ModelError, StepInputs, Workspace};
+
+/// One or more linear modules that read the same input and write side by side into one output. Neighbours with equal
+/// schemes are stacked into one weight; others stay apart and write to their own columns.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    parts: Vec<LinearPart>,
+    width: usize,
+    parameters: usize,
+}
+
+/// A stack of modules with one scheme.
+#[derive(Debug)]
+pub(crate) struct LinearPart {
+    /// Last parts of the modules' names, joined by `+`.
+    pub(crate) group: String,
+    pub(crate) weight: Weight,
+    column: usize,
+}
+
+/// A module of a [`Linear`]: where it is, and how many outputs it has.
+pub(crate) struct Module {
+    pub(crate) name: String,
+    pub(crate) rows: usize,
+}
+
+impl Linear {
+    /// Loads `modules`, each `[rows, cols]`, with biases `[rows]` if `bias`.
+    pub(crate) fn load(
+        backend: &dyn Backend,
+        checkpoint: &Checkpoint,
+        modules: &[Module],
+        cols: usize,
+        bias: bool,
+    ) -> Result<Self, ModelError> {
+        let mut linear = Self { parts: Vec::new(), width: 0, parameters: 0 };
+        let mut stack = Stack::default();
+        for module in modules {
+            let tensor = checkpoint.linear(&module.name)?;
+            check_shape(&module.name, &tensor.shape(), &[module.rows, cols])?;
+            if !stack.takes(&tensor) {
+                linear.push(std::mem::take(&mut stack).upload(backend, linear.width)?);
+            }
+            if bias {
+                stack.bias.extend(vector(checkpoint, &format!("{}.bias", module.name), module.rows)?);
+            }
+            stack.push(&module.name, tensor);
+        }
+        linear.push(stack.upload(backend, linear.width)?);
+        linear.parameters += if bias { linear.width } else { 0 };
+        Ok(linear)
+    }
+
+    fn push(&mut self, part: LinearPart) {
+        let [rows, cols] = part.weight.shape();
+        self.width += rows;
+        self.parameters += rows * cols;
+        self.parts.push(part);
+    }
+
+    /// `out[m] = self(x[m])`, M = `rows`.
+    pub(crate) fn forward(&self, backend: &dyn Backend, x: &Buffer, rows: usize, out: &mut Buffer) {
+        for part in &self.parts {
+            backend.linear(x, rows, &part.weight, out, self.width, part.column);
+        }
+    }
+
+    /// The stacks.
+    pub(crate) fn parts(&self) -> &[LinearPart] {
+        &self.parts
+    }
+
+    /// Elements of weights and biases.
+    pub(crate) fn parameters(&self) -> usize {
+        self.parameters
+    }
+}
+
+/// Host tensors that will be one weight.
+#[derive(Default)]
+struct Stack {
+    names: Vec<String>,
+    tensors: Vec<LinearTensor>,
+    bias: Vec<f32>,
+}
+
+impl Stack {
+    fn takes(&self, tensor: &LinearTensor) -> bool {
+        self.tensors.first().is_none_or(|first| storage(first) == storage(tensor))
+    }
+
+    fn push(&mut self, module: &str, tensor: LinearTensor) {
+        self.names.push(module.rsplit('.').next().unwrap_or(module).to_owned());
+        self.tensors.push(tensor);
+    }
+
+    fn upload(self, backend: &dyn Backend, column: usize) -> kernels::Result<LinearPart> {
+        let sources: Vec<_> = self.tensors.iter().map(LinearTensor::source).collect();
+        let bias = (!self.bias.is_empty()).then_some(self.bias.as_slice());
+        Ok(LinearPart { group: self.names.join("+"), weight: backend.upload(&sources, bias)?, column })
+    }
+}
+
+/// What modules must share to be stacked.
+fn storage(tensor: &LinearTensor) -> (Option<Scheme>, Option<DenseDtype>) {
+    match tensor.source() {
+        WeightSource::Dense { dtype, .. } => (None, Some(dtype)),
+        source @ WeightSource::Mx { .. } => (source.scheme(), None),
+    }
+}
+
+/// The error that a tensor is not `expected`.
+pub(crate) fn check_shape(tensor: &str, actual: &[usize], expected: &[usize]) -> Result<(), ModelError> {
+    if actual == expected {
+        return Ok(());
+    }
+    Err(ModelError::Shape { tensor: tensor.to_owned(), expected: expected.to_vec(), actual: actual.to_vec() })
+}
+
+/// An unquantized vector of the checkpoint.
+fn vector(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    let tensor = checkpoint.dense(name)?;
+    check_shape(name, &tensor.shape, &[len])?;
+    Ok(tensor.to_f32())
+}
+
+/// A buffer that holds `values`, counted as parameters.
+pub(crate) fn parameter(backend: &dyn Backend, values: &[f32]) -> kernels::Result<Buffer> {
+    let mut buffer = backend.alloc(Dtype::F32, values.len(), Component::Unquantized)?;
+    backend.write_f32(&mut buffer, 0, values);
+    Ok(buffer)
+}
+
+/// Root mean square norm with a learned weight.
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    weight: Buffer,
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// Loads `{module}.weight`, `[len]`.
+    pub(crate) fn load(
+        backend: &dyn Backend,
+        checkpoint: &Checkpoint,
+        module: &str,
+        len: usize,
+        eps: f32,
+    ) -> Result<Self, ModelError> {
+        let weight = vector(checkpoint, &format!("{module}.weight"), len)?;
+        Ok(Self { weight: parameter(backend, &weight)?, eps })
+    }
+
+    /// Norms the residual stream into `ws.normed`.
+    pub(crate) fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
+        backend.rms_norm(&ws.residual, &self.weight, self.eps, rows, &mut ws.normed);
+    }
+
+    /// Adds `ws.delta` to the residual stream, then norms it into `ws.normed`.
+    pub(crate) fn add_forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
+        backend.add_rms_norm(&ws.delta, &mut ws.residual, &self.weight, self.eps, rows, &mut ws.normed);
+    }
+
+    /// Number of elements.
+    pub(crate) fn parameters(&self) -> usize {
+        self.weight.len()
+    }
+}
+
+/// Grouped-query attention with RoPE over the paged cache.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    pub(crate) qkv: Linear,
+    /// Norms of the heads of q and k.
+    pub(crate) qk_norm: Option<[RmsNorm; 2]>,
+    pub(crate) output: Linear,
+    pub(crate) heads: Heads,
+    pub(crate) window: Option<usize>,
+}
+
+impl Attention {
+    /// From `ws.normed` to `ws.delta`.
+    fn forward(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
+        let (rows, heads) = (step.rows(), self.heads);
+        self.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
+        let norm =
+            self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
+        backend.rope_and_cache(&mut ws.qkv, heads, &ws.rope, norm, &step.slots, rows, cache);
+        let scale = (heads.dim as f32).sqrt().recip();
+        let inputs = step.attention();
+        backend.paged_attention(&ws.qkv, heads, scale, self.window, &inputs, cache, &mut ws.attention);
+        self.output.forward(backend, &ws.attention, rows, &mut ws.delta);
+    }
+}
+
+/// `down(silu(gate(x)) * up(x))`.
+#[derive(Debug)]
+pub(crate) struct GatedMlp {
+    pub(crate) gate_up: Linear,
+    pub(crate) down: Linear,
+    pub(crate) width: usize,
+}
+
+impl GatedMlp {
+    /// From `ws.normed` to `ws.delta`.
+    fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
+        self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
+        backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
+        self.down.forward(backend, &ws.activated, rows, &mut ws.delta);
+    }
+}
+
+/// Attention and MLP, each with the norm before it.
+#[derive(Debug)]
+pub(crate) struct DecoderLayer {
+    pub(crate) input_norm: RmsNorm,
+    pub(crate) attention: Attention,
+    pub(crate) post_attention_norm: RmsNorm,
+    pub(crate) mlp: GatedMlp,
+}
+
+impl DecoderLayer {
+    /// From `ws.normed`, the result of `input_norm`, to `ws.delta`. Adding it to the residual stream is left to the
+    /// norm that comes next, so that both are one pass.
+    pub(crate) fn forward(
+        &self,
+        backend: &dyn Backend,
+        step: &StepInputs,
+        cache: &mut PagedKv,
+        ws: &mut Workspace,
+    ) {
+        self.attention.forward(backend, step, cache, ws);
+        self.post_attention_norm.add_forward(backend, step.rows(), ws);
+        self.mlp.forward(backend, step.rows(), ws);
+    }
+
+    /// Its linear layers, in the order of execution.
+    pub(crate) fn linears(&self) -> [&Linear; 4] {
+        [&self.attention.qkv, &self.attention.output, &self.mlp.gate_up, &self.mlp.down]
+    }
+
+    /// Elements of all weights, biases and norms.
+    pub(crate) fn parameters(&self) -> usize {
+        let linears: usize = self.linears().into_iter().map(Linear::parameters).sum();
+        let head_norms: usize = self.attention.qk_norm.iter().flatten().map(RmsNorm::parameters).sum();
+        linears + head_norms + self.input_norm.parameters() + self.post_attention_norm.parameters()
+    }
+}

@@ -1,0 +1,44 @@
+//! What every model offers.
+
+use kernels::mx::Scheme;
+use kernels::Backend;
+
+use crate::{KvCache, ModelConfig, StepInputs, Workspace};
+
+/// A loaded decoder. It owns weights only: the state of sequences is in the [`KvCache`], the memory of a step in
+/// [`StepInputs`] and [`Workspace`].
+pub trait Model {
+    /// The parsed `config.json`.
+    fn config(&self) -> &ModelConfig;
+
+    /// Runs one step over all rows of `step`, writing their keys and values to `kv`, and leaves the final-normed
+    /// hidden states of all rows in `ws`.
+    fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace);
+
+    /// Writes the logits of these `rows` of the last step to `ws.logits()`, `[rows.len(), vocab_size]`.
+    ///
+    /// # Panics
+    /// `rows` is longer than `ws.max_logit_rows()`.
+    fn logits(&self, backend: &dyn Backend, rows: &[u32], ws: &mut Workspace);
+
+    /// The linear layers, summed over decoder layers by group and scheme, in the order of execution.
+    fn linear_info(&self) -> Vec<LinearInfo>;
+
+    /// Parameters of the whole model; a tied output head counts once.
+    fn parameters(&self) -> usize;
+}
+
+/// Linear layers of one group that share a scheme.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearInfo {
+    /// The modules that run as one product, joined by `+`: `q_proj+k_proj+v_proj`, `o_proj`, `lm_head`.
+    pub group: String,
+    /// What the checkpoint declares; `None` where it is unquantized.
+    pub scheme: Option<Scheme>,
+    /// Decoder layers that have this group in this scheme (1 for `lm_head`).
+    pub layers: usize,
+    /// Weight elements, without biases.
+    pub parameters: usize,
+    /// Bytes held on the device, without biases.
+    pub bytes: usize,
+}

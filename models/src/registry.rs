@@ -1,0 +1,48 @@
+//! Which architectures there are. To add one: a file like `qwen3.rs`, and its row here.
+
+use kernels::Backend;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::Variant;
+use crate::decoder::{Decoder, WeightNames};
+use crate::fields::Fields;
+use crate::{ConfigError, Model, ModelConfig, ModelError, llama, mistral, qwen2, qwen3};
+
+/// The architectures that run.
+const ARCHITECTURES: [&Architecture; 4] =
+    [&llama::ARCHITECTURE, &mistral::ARCHITECTURE, &qwen2::ARCHITECTURE, &qwen3::ARCHITECTURE];
+
+/// What is particular to one architecture.
+pub(crate) struct Architecture {
+    /// The name in `config.json`: `LlamaForCausalLM`.
+    pub(crate) name: &'static str,
+    /// Reads what the architecture decides; given the number of layers.
+    pub(crate) variant: fn(&Fields<'_>, usize) -> Result<Variant, ConfigError>,
+    /// Where its weights are.
+    pub(crate) names: &'static WeightNames,
+}
+
+/// The architecture that `config.json` names.
+pub(crate) fn architecture(config: &Fields<'_>) -> Result<&'static Architecture, ConfigError> {
+    let names = config.texts("architectures")?;
+    let names = config.require("architectures", names)?;
+    ARCHITECTURES.into_iter().find(|known| names == [known.name]).ok_or_else(|| {
+        let known: Vec<_> = ARCHITECTURES.iter().map(|known| known.name).collect();
+        config.unsupported("architectures", known.join(", "))
+    })
+}
+
+/// Loads the model of a checkpoint onto a device, one tensor (or group of fused tensors) at a time.
+///
+/// # Errors
+/// The configuration is wrong or not supported, a tensor is missing, unreadable or of another shape than the
+/// configuration calls for, or the device cannot take it.
+pub fn load(backend: &dyn Backend, checkpoint: &Checkpoint) -> Result<Box<dyn Model>, ModelError> {
+    let config = ModelConfig::parse(checkpoint.config())?;
+    let names = ARCHITECTURES
+        .into_iter()
+        .find(|known| known.name == config.architecture)
+        .map(|known| known.names)
+        .expect("a parsed config names a known architecture");
+    Ok(Box::new(Decoder::load(backend, checkpoint, config, names)?))
+}

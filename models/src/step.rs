@@ -1,0 +1,162 @@
+//! The inputs of one step: which tokens of which sequences, and where their keys and values go.
+
+use kernels::{AttentionInputs, Backend, Buffer, Component, Dtype, KV_BLOCK_TOKENS};
+
+/// The part of a sequence that one step computes.
+#[derive(Debug, Clone, Copy)]
+pub struct StepSequence<'a> {
+    /// Token ids to compute; not empty. One in decode, a chunk of the prompt in prefill.
+    pub tokens: &'a [u32],
+    /// Position of `tokens[0]`: the number of tokens that are in the cache already.
+    pub first_position: usize,
+    /// Block numbers of the sequence in position order; they cover every position up to the last of `tokens`.
+    pub block_table: &'a [u32],
+}
+
+/// Device buffers that describe a step: allocated once, refilled in place. Rows are the tokens of all sequences, one
+/// sequence after the other.
+#[derive(Debug)]
+pub struct StepInputs {
+    rows: usize,
+    sequences: usize,
+    max_blocks: usize,
+    /// U32 `[max_tokens]`.
+    pub(crate) tokens: Buffer,
+    /// U32 `[max_tokens]`.
+    pub(crate) positions: Buffer,
+    /// U32 `[max_tokens]`: where each row's key and value go.
+    pub(crate) slots: Buffer,
+    query_start: Buffer,
+    context_lens: Buffer,
+    block_tables: Buffer,
+    staging: Staging,
+}
+
+/// Host copies of the buffers, kept to fill them without allocating.
+#[derive(Debug)]
+struct Staging {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    query_start: Vec<u32>,
+    context_lens: Vec<u32>,
+}
+
+impl StepInputs {
+    /// Buffers for steps of up to `max_tokens` rows of up to `max_sequences` sequences with block tables of up to
+    /// `max_blocks` blocks.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(
+        backend: &dyn Backend,
+        max_tokens: usize,
+        max_sequences: usize,
+        max_blocks: usize,
+    ) -> kernels::Result<Self> {
+        let alloc = |len| backend.alloc(Dtype::U32, len, Component::Workspace);
+        Ok(Self {
+            rows: 0,
+            sequences: 0,
+            max_blocks,
+            tokens: alloc(max_tokens)?,
+            positions: alloc(max_tokens)?,
+            slots: alloc(max_tokens)?,
+            query_start: alloc(max_sequences + 1)?,
+            context_lens: alloc(max_sequences)?,
+            block_tables: alloc(max_sequences * max_blocks)?,
+            staging: Staging {
+                tokens: Vec::with_capacity(max_tokens),
+                positions: Vec::with_capacity(max_tokens),
+                slots: Vec::with_capacity(max_tokens),
+                query_start: Vec::with_capacity(max_sequences + 1),
+                context_lens: Vec::with_capacity(max_sequences),
+            },
+        })
+    }
+
+    /// Describes the next step.
+    ///
+    /// # Panics
+    /// A sequence has no tokens, its block table does not cover them, or the sequences exceed the sizes given to
+    /// [`new`](Self::new).
+    pub fn fill(&mut self, backend: &dyn Backend, sequences: &[StepSequence<'_>]) {
+        let max_sequences = self.context_lens.len();
+        assert!(
+            sequences.len() <= max_sequences,
+            "{} sequences in a step of {max_sequences}",
+            sequences.len()
+        );
+        self.staging.clear();
+        for (index, sequence) in sequences.iter().enumerate() {
+            let blocks = self.staging.push(sequence);
+            assert!(blocks.len() <= self.max_blocks, "{} blocks in a table of {}", blocks.len(), self.max_blocks);
+            backend.write_u32(&mut self.block_tables, index * self.max_blocks, blocks);
+        }
+        let staging = &self.staging;
+        let (rows, max_rows) = (staging.tokens.len(), self.tokens.len());
+        assert!(rows <= max_rows, "{rows} tokens in a step of {max_rows}");
+        backend.write_u32(&mut self.tokens, 0, &staging.tokens);
+        backend.write_u32(&mut self.positions, 0, &staging.positions);
+        backend.write_u32(&mut self.slots, 0, &staging.slots);
+        backend.write_u32(&mut self.query_start, 0, &staging.query_start);
+        backend.write_u32(&mut self.context_lens, 0, &staging.context_lens);
+        self.rows = rows;
+        self.sequences = sequences.len();
+    }
+
+    /// Rows of the current step: the tokens of all its sequences.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Sequences of the current step.
+    pub fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    /// Most rows of a step.
+    pub fn max_tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The current step, as attention wants it.
+    pub(crate) fn attention(&self) -> AttentionInputs<'_> {
+        AttentionInputs {
+            sequences: self.sequences,
+            query_start: &self.query_start,
+            context_lens: &self.context_lens,
+            block_tables: &self.block_tables,
+            max_blocks: self.max_blocks,
+        }
+    }
+}
+
+impl Staging {
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.query_start.clear();
+        self.query_start.push(0);
+        self.context_lens.clear();
+    }
+
+    /// Appends a sequence's rows; returns the blocks that they and everything before them take.
+    fn push<'a>(&mut self, sequence: &StepSequence<'a>) -> &'a [u32] {
+        let StepSequence { tokens, first_position, block_table } = *sequence;
+        assert!(!tokens.is_empty(), "a sequence of a step has tokens");
+        let context = first_position + tokens.len();
+        let blocks = context.div_ceil(KV_BLOCK_TOKENS);
+        assert!(blocks <= block_table.len(), "{} blocks for {context} tokens", block_table.len());
+        self.tokens.extend_from_slice(tokens);
+        for position in first_position..context {
+            let block = block_table[position / KV_BLOCK_TOKENS] as usize;
+            self.positions.push(position as u32);
+            self.slots.push((block * KV_BLOCK_TOKENS + position % KV_BLOCK_TOKENS) as u32);
+        }
+        self.query_start.push(self.tokens.len() as u32);
+        self.context_lens.push(context as u32);
+        &block_table[..blocks]
+    }
+}

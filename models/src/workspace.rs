@@ -1,0 +1,78 @@
+//! The memory of one step's activations.
+
+use kernels::{Backend, Buffer, Component, Dtype};
+
+use crate::ModelConfig;
+
+/// Activation buffers, allocated once for steps of up to `max_tokens` rows and used again in every layer.
+#[derive(Debug)]
+pub struct Workspace {
+    max_logit_rows: usize,
+    /// `[max_tokens, hidden]`: the residual stream.
+    pub(crate) residual: Buffer,
+    /// `[max_tokens, hidden]`: the normed input of the next block; at the end of a step, the final hidden states.
+    pub(crate) normed: Buffer,
+    /// `[max_tokens, hidden]`: what a block adds to the residual stream.
+    pub(crate) delta: Buffer,
+    /// `[max_tokens, heads.qkv_width()]`.
+    pub(crate) qkv: Buffer,
+    /// `[max_tokens, heads.q_width()]`.
+    pub(crate) attention: Buffer,
+    /// `[max_tokens, 2 * intermediate]`.
+    pub(crate) gate_up: Buffer,
+    /// `[max_tokens, intermediate]`.
+    pub(crate) activated: Buffer,
+    /// F32 `[max_tokens, heads.dim]`: cosines and sines of the rows' positions.
+    pub(crate) rope: Buffer,
+    /// U32 `[max_logit_rows]`: rows whose logits are wanted.
+    pub(crate) logit_rows: Buffer,
+    /// `[max_logit_rows, hidden]`: their hidden states.
+    pub(crate) logit_hidden: Buffer,
+    /// F32 `[max_logit_rows, vocab]`.
+    pub(crate) logits: Buffer,
+}
+
+impl Workspace {
+    /// Buffers for steps of up to `max_tokens` rows, and logits of up to `max_logit_rows` rows at a time.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(
+        backend: &dyn Backend,
+        config: &ModelConfig,
+        max_tokens: usize,
+        max_logit_rows: usize,
+    ) -> kernels::Result<Self> {
+        let alloc = |dtype, rows: usize, width: usize| backend.alloc(dtype, rows * width, Component::Workspace);
+        let activations = |width| alloc(backend.activation_dtype(), max_tokens, width);
+        Ok(Self {
+            max_logit_rows,
+            residual: activations(config.hidden_size)?,
+            normed: activations(config.hidden_size)?,
+            delta: activations(config.hidden_size)?,
+            qkv: activations(config.heads.qkv_width())?,
+            attention: activations(config.heads.q_width())?,
+            gate_up: activations(2 * config.intermediate_size)?,
+            activated: activations(config.intermediate_size)?,
+            rope: alloc(Dtype::F32, max_tokens, config.heads.dim)?,
+            logit_rows: alloc(Dtype::U32, max_logit_rows, 1)?,
+            logit_hidden: alloc(backend.activation_dtype(), max_logit_rows, config.hidden_size)?,
+            logits: alloc(Dtype::F32, max_logit_rows, config.vocab_size)?,
+        })
+    }
+
+    /// Most rows that [`Model::logits`](crate::Model::logits) takes at a time.
+    pub fn max_logit_rows(&self) -> usize {
+        self.max_logit_rows
+    }
+
+    /// F32 `[rows, vocab_size]`: the result of the last [`Model::logits`](crate::Model::logits).
+    pub fn logits(&self) -> &Buffer {
+        &self.logits
+    }
+
+    /// As [`logits`](Self::logits), to change rows before sampling.
+    pub fn logits_mut(&mut self) -> &mut Buffer {
+        &mut self.logits
+    }
+}

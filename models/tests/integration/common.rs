@@ -1,0 +1,110 @@
+//! What the tests of this crate share: golden checkpoints, and a model that is ready to run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kernels::{Backend, Device, Dtype, KV_BLOCK_TOKENS};
+use models::checkpoint::Checkpoint;
+use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
+use safetensors::SafeTensors;
+
+/// A file or folder of the repository's test data.
+pub(crate) fn data(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests").join(path)
+}
+
+/// A checkpoint of `tests/golden/logits`, and what Transformers computes with it.
+pub(crate) struct Golden {
+    pub(crate) dir: PathBuf,
+    pub(crate) tokens: Vec<u32>,
+    /// `[tokens, vocab]`.
+    pub(crate) logits: Vec<f32>,
+}
+
+impl Golden {
+    pub(crate) fn read(case: &str) -> Self {
+        let dir = data("golden/logits").join(case);
+        let bytes = fs::read(dir.join("golden.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let words = |name: &str| -> Vec<u32> {
+            let data = tensors.tensor(name).unwrap().data().chunks_exact(4);
+            data.map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+        };
+        let logits = words("logits").into_iter().map(f32::from_bits).collect();
+        Self { dir, tokens: words("input_ids"), logits }
+    }
+
+    /// The names of all cases.
+    pub(crate) fn cases() -> Vec<String> {
+        let entries = fs::read_dir(data("golden/logits")).unwrap().map(Result::unwrap);
+        let folders = entries.filter(|entry| entry.file_type().unwrap().is_dir());
+        let mut cases: Vec<_> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        cases.sort();
+        cases
+    }
+}
+
+/// A loaded model with everything that a step needs.
+pub(crate) struct Runner {
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) model: Box<dyn Model>,
+    pub(crate) kv: KvCache,
+    step: StepInputs,
+    workspace: Workspace,
+}
+
+/// The most tokens of a step.
+const MAX_TOKENS: usize = 512;
+
+impl Runner {
+    pub(crate) fn load(dir: &Path, kv_dtype: Dtype, kv_blocks: usize) -> Self {
+        let backend = kernels::open(Device::Cpu { threads: 2 }).unwrap();
+        let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{error}"));
+        let model = models::load(&*backend, &checkpoint).unwrap_or_else(|error| panic!("{error}"));
+        let kv = KvCache::new(&*backend, model.config(), kv_blocks, kv_dtype).unwrap();
+        let step = StepInputs::new(&*backend, MAX_TOKENS, 4, kv_blocks).unwrap();
+        let workspace = Workspace::new(&*backend, model.config(), MAX_TOKENS, 64).unwrap();
+        Self { backend, model, kv, step, workspace }
+    }
+
+    /// One step; the logits of all its rows, `[rows, vocab]`.
+    pub(crate) fn step(&mut self, sequences: &[StepSequence<'_>]) -> Vec<f32> {
+        let Self { backend, model, kv, step, workspace } = self;
+        step.fill(&**backend, sequences);
+        model.forward(&**backend, step, kv, workspace);
+        let vocab = model.config().vocab_size;
+        let mut logits = vec![0.0; step.rows() * vocab];
+        let rows: Vec<u32> = (0..step.rows() as u32).collect();
+        for (rows, logits) in rows.chunks(64).zip(logits.chunks_mut(64 * vocab)) {
+            model.logits(&**backend, rows, workspace);
+            backend.read_f32(workspace.logits(), 0, logits);
+        }
+        logits
+    }
+
+    /// The logits of a whole sequence that is computed in steps of `chunk` tokens, in the blocks of `block_table`.
+    pub(crate) fn sequence(&mut self, tokens: &[u32], chunk: usize, block_table: &[u32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        for (index, tokens) in tokens.chunks(chunk).enumerate() {
+            let first_position = index * chunk;
+            logits.extend(self.step(&[StepSequence { tokens, first_position, block_table }]));
+        }
+        logits
+    }
+}
+
+/// Blocks `0, 1, ..` for `tokens` tokens.
+pub(crate) fn blocks(tokens: usize) -> Vec<u32> {
+    (0..tokens.div_ceil(KV_BLOCK_TOKENS) as u32).collect()
+}
+
+/// The largest difference, in standard deviations of `expected`.
+pub(crate) fn max_error(actual: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(actual.len(), expected.len());
+    let n = expected.len() as f32;
+    let mean = expected.iter().sum::<f32>() / n;
+    let deviation = (expected.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
+    let errors = actual.iter().zip(expected).map(|(a, e)| (a - e).abs());
+    // NaN must fail, and f32::max ignores it.
+    errors.fold(0.0, |worst: f32, error| if error > worst || error.is_nan() { error } else { worst }) / deviation
+}

@@ -1,0 +1,6 @@
+//! Whole models on the CPU backend.
+
+mod common;
+mod loading;
+mod logits;
+mod perplexity;
