@@ -1,0 +1,198 @@
+//! What the settings mean.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::ConfigError;
+use crate::settings::Settings;
+use crate::values::{DeviceChoice, GenerationConfig, KvCacheDtype, LogFormat, LogLevel};
+
+/// The server's configuration: checked once, then trusted.
+#[derive(Clone, PartialEq)]
+pub struct ServerConfig {
+    /// Folder of the model; `None` where the command does not need one.
+    pub model: Option<PathBuf>,
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Names that requests may use, the first one reported; empty: the folder's name and its path.
+    pub served_model_name: Vec<String>,
+    /// Bearer tokens, one of which every `/v1` request must carry; empty: open to all.
+    pub api_key: Vec<String>,
+    /// Origins that browsers may call from; empty: none but the server's own.
+    pub allowed_origins: Vec<String>,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// How long running requests may take to finish after SIGTERM or SIGINT.
+    pub shutdown_timeout: Duration,
+    /// Longest sequence in tokens; `None`: the model's context.
+    pub max_model_len: Option<usize>,
+    /// File with a chat template, instead of the model's own.
+    pub chat_template: Option<PathBuf>,
+    /// Where the sampling parameters' defaults come from.
+    pub generation_config: GenerationConfig,
+    /// Device to run on.
+    pub device: DeviceChoice,
+    /// Threads of the CPU backend.
+    pub threads: usize,
+    /// Sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Tokens computed in one step.
+    pub max_num_batched_tokens: usize,
+    /// Sequences that may wait.
+    pub max_num_queued_reqs: usize,
+    /// Element type of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Size of the KV cache; `None`: for `max_num_seqs` sequences of 2048 tokens, at most 4 GiB.
+    pub kv_cache_memory_bytes: Option<usize>,
+    /// Least important log lines to write.
+    pub log_level: LogLevel,
+    /// How log lines are written.
+    pub log_format: LogFormat,
+    /// Whether each request gets a log line.
+    pub log_requests: bool,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            model: None,
+            host: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            port: 8000,
+            served_model_name: Vec::new(),
+            api_key: Vec::new(),
+            allowed_origins: Vec::new(),
+            max_body_bytes: 32 << 20,
+            shutdown_timeout: Duration::from_secs(30),
+            max_model_len: None,
+            chat_template: None,
+            generation_config: GenerationConfig::default(),
+            device: DeviceChoice::default(),
+            threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            max_num_queued_reqs: 1024,
+            kv_cache_dtype: KvCacheDtype::default(),
+            kv_cache_memory_bytes: None,
+            log_level: LogLevel::default(),
+            log_format: LogFormat::default(),
+            log_requests: true,
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Merges the two sources (the flags already hold the environment where no flag was given) over the defaults,
+    /// and checks every value.
+    ///
+    /// # Errors
+    /// A value outside its range, or a knob that this build could only ignore.
+    pub fn resolve(file: Settings, flags: Settings) -> Result<Self, ConfigError> {
+        let said = flags.or(file);
+        refuse(&said)?;
+        let d = Self::default();
+        Ok(Self {
+            model: said.model,
+            host: said.host.unwrap_or(d.host),
+            port: said.port.unwrap_or(d.port),
+            served_model_name: names("served_model_name", said.served_model_name)?,
+            api_key: names("api_key", said.api_key)?,
+            allowed_origins: names("allowed_origins", said.allowed_origins)?,
+            max_body_bytes: at_least_one("max_body_bytes", said.max_body_bytes)?.unwrap_or(d.max_body_bytes),
+            shutdown_timeout: said.shutdown_timeout.map_or(d.shutdown_timeout, Duration::from_secs),
+            max_model_len: match said.max_model_len {
+                Some(1) => return Err(invalid("max_model_len", "must be at least 2: a prompt token and a new one")),
+                other => at_least_one("max_model_len", other)?,
+            },
+            chat_template: said.chat_template,
+            generation_config: said.generation_config.unwrap_or(d.generation_config),
+            device: said.device.unwrap_or(d.device),
+            threads: at_least_one("threads", said.threads)?.unwrap_or(d.threads),
+            max_num_seqs: at_least_one("max_num_seqs", said.max_num_seqs)?.unwrap_or(d.max_num_seqs),
+            max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?
+                .unwrap_or(d.max_num_batched_tokens),
+            max_num_queued_reqs: at_least_one("max_num_queued_reqs", said.max_num_queued_reqs)?
+                .unwrap_or(d.max_num_queued_reqs),
+            kv_cache_dtype: said.kv_cache_dtype.unwrap_or(d.kv_cache_dtype),
+            kv_cache_memory_bytes: at_least_one("kv_cache_memory_bytes", said.kv_cache_memory_bytes)?,
+            log_level: said.log_level.unwrap_or(d.log_level),
+            log_format: said.log_format.unwrap_or(d.log_format),
+            log_requests: !said.disable_log_requests.unwrap_or(!d.log_requests),
+        })
+    }
+
+    /// The settings that say the same, every knob that has a value set; API keys are left out when it is written.
+    pub fn to_settings(&self) -> Settings {
+        let listed = |names: &[String]| (!names.is_empty()).then(|| names.to_vec());
+        Settings {
+            model: self.model.clone(),
+            host: Some(self.host),
+            port: Some(self.port),
+            served_model_name: listed(&self.served_model_name),
+            api_key: listed(&self.api_key),
+            allowed_origins: listed(&self.allowed_origins),
+            max_body_bytes: Some(self.max_body_bytes),
+            shutdown_timeout: Some(self.shutdown_timeout.as_secs()),
+            max_model_len: self.max_model_len,
+            chat_template: self.chat_template.clone(),
+            generation_config: Some(self.generation_config),
+            device: Some(self.device),
+            threads: Some(self.threads),
+            gpu_memory_utilization: None,
+            tensor_parallel_size: None,
+            max_num_seqs: Some(self.max_num_seqs),
+            max_num_batched_tokens: Some(self.max_num_batched_tokens),
+            max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            kv_cache_dtype: Some(self.kv_cache_dtype),
+            kv_cache_memory_bytes: self.kv_cache_memory_bytes,
+            log_level: Some(self.log_level),
+            log_format: Some(self.log_format),
+            disable_log_requests: Some(!self.log_requests),
+        }
+    }
+}
+
+/// API keys are not shown.
+impl fmt::Debug for ServerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.to_settings(), f)
+    }
+}
+
+/// Knobs that would have no effect are refused, not ignored.
+fn refuse(said: &Settings) -> Result<(), ConfigError> {
+    if said.device == Some(DeviceChoice::Cuda) {
+        return Err(invalid("device", "this build has no CUDA; use cpu"));
+    }
+    if said.gpu_memory_utilization.is_some() {
+        let message = "has no effect in a build without CUDA; kv_cache_memory_bytes sizes the KV cache";
+        return Err(invalid("gpu_memory_utilization", message));
+    }
+    if said.tensor_parallel_size.is_some_and(|n| n != 1) {
+        return Err(invalid("tensor_parallel_size", "must be 1: a model runs on one device"));
+    }
+    Ok(())
+}
+
+fn invalid(key: &'static str, message: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid { key, message: message.into() }
+}
+
+fn at_least_one(key: &'static str, value: Option<usize>) -> Result<Option<usize>, ConfigError> {
+    match value {
+        Some(0) => Err(invalid(key, "must be at least 1")),
+        other => Ok(other),
+    }
+}
+
+fn names(key: &'static str, value: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let value = value.unwrap_or_default();
+    if value.iter().any(String::is_empty) {
+        return Err(invalid(key, "must not be empty"));
+    }
+    Ok(value)
+}

@@ -1,0 +1,208 @@
+//! What was said: the same knobs in the file, the environment and the flags.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ConfigError;
+use crate::values::{DeviceChoice, GenerationConfig, KvCacheDtype, LogFormat, LogLevel};
+
+/// Every knob, as far as it was set. Names are vLLM's where it has the same knob.
+#[derive(Clone, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Folder of the model: config.json, safetensors, tokenizer.json
+    #[arg(value_name = "MODEL", env = "MXSERVE_MODEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+
+    /// Address to listen on [default: 0.0.0.0]
+    #[arg(long, env = "MXSERVE_HOST", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<IpAddr>,
+
+    /// Port to listen on; 0 takes a free one [default: 8000]
+    #[arg(long, env = "MXSERVE_PORT", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+
+    /// Names that requests may use for the model, the first one reported [default: the folder's name and its path]
+    #[arg(
+        long,
+        env = "MXSERVE_SERVED_MODEL_NAME",
+        value_name = "NAME",
+        value_delimiter = ',',
+        help_heading = "HTTP"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served_model_name: Option<Vec<String>>,
+
+    /// Bearer tokens, one of which every /v1 request must carry
+    #[arg(
+        long,
+        env = "MXSERVE_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        value_delimiter = ',',
+        help_heading = "HTTP"
+    )]
+    #[serde(skip_serializing)]
+    pub api_key: Option<Vec<String>>,
+
+    /// Origins that browsers may call from; * for all
+    #[arg(
+        long,
+        env = "MXSERVE_ALLOWED_ORIGINS",
+        value_name = "ORIGIN",
+        value_delimiter = ',',
+        help_heading = "HTTP"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_origins: Option<Vec<String>>,
+
+    /// Largest request body in bytes [default: 33554432]
+    #[arg(long, env = "MXSERVE_MAX_BODY_BYTES", value_name = "BYTES", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_body_bytes: Option<usize>,
+
+    /// Seconds that running requests may take to finish after SIGTERM or SIGINT [default: 30]
+    #[arg(long, env = "MXSERVE_SHUTDOWN_TIMEOUT", value_name = "SECS", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown_timeout: Option<u64>,
+
+    /// Longest sequence, prompt and answer together [default: the model's context]
+    #[arg(long, env = "MXSERVE_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<usize>,
+
+    /// File with a Jinja chat template, instead of the model's own
+    #[arg(long, env = "MXSERVE_CHAT_TEMPLATE", value_name = "FILE", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<PathBuf>,
+
+    /// Where the sampling parameters' defaults come from [default: auto]
+    #[arg(long, env = "MXSERVE_GENERATION_CONFIG", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation_config: Option<GenerationConfig>,
+
+    /// Device to run on [default: auto]
+    #[arg(long, env = "MXSERVE_DEVICE", help_heading = "Device")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceChoice>,
+
+    /// Threads of the CPU backend [default: one per core]
+    #[arg(long, env = "MXSERVE_THREADS", value_name = "N", help_heading = "Device")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+
+    /// Share of the GPU's memory to use (CUDA only)
+    #[arg(long, env = "MXSERVE_GPU_MEMORY_UTILIZATION", value_name = "SHARE", help_heading = "Device")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory_utilization: Option<f64>,
+
+    /// GPUs that share the model; 1 is all there is [default: 1]
+    #[arg(long, env = "MXSERVE_TENSOR_PARALLEL_SIZE", value_name = "N", help_heading = "Device")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel_size: Option<usize>,
+
+    /// Sequences that run at once [default: 64]
+    #[arg(long, env = "MXSERVE_MAX_NUM_SEQS", value_name = "N", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_seqs: Option<usize>,
+
+    /// Tokens computed in one step [default: 512]
+    #[arg(long, env = "MXSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_batched_tokens: Option<usize>,
+
+    /// Sequences that may wait; more are answered with 429 [default: 1024]
+    #[arg(long, env = "MXSERVE_MAX_NUM_QUEUED_REQS", value_name = "N", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_reqs: Option<usize>,
+
+    /// Element type of the KV cache [default: auto]
+    #[arg(long, env = "MXSERVE_KV_CACHE_DTYPE", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
+
+    /// Size of the KV cache in bytes [default: for max_num_seqs sequences of 2048 tokens, at most 4 GiB]
+    #[arg(long, env = "MXSERVE_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_memory_bytes: Option<usize>,
+
+    /// Least important log lines to write [default: info]
+    #[arg(long, env = "MXSERVE_LOG_LEVEL", help_heading = "Logging")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_level: Option<LogLevel>,
+
+    /// How log lines are written, to standard error [default: text]
+    #[arg(long, env = "MXSERVE_LOG_FORMAT", help_heading = "Logging")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+
+    /// No log line per request
+    #[arg(
+        long,
+        env = "MXSERVE_DISABLE_LOG_REQUESTS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Logging"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disable_log_requests: Option<bool>,
+}
+
+/// API keys are not shown.
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&toml::to_string(self).unwrap_or_default())
+    }
+}
+
+impl Settings {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, has a key that is no knob, or a value of the wrong type.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text)
+            .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string() })
+    }
+
+    /// `self` where it is set, else `lower`.
+    #[must_use]
+    pub fn or(self, lower: Self) -> Self {
+        macro_rules! first_set {
+            ($($field:ident),* $(,)?) => { Self { $($field: self.$field.or(lower.$field)),* } };
+        }
+        first_set!(
+            model,
+            host,
+            port,
+            served_model_name,
+            api_key,
+            allowed_origins,
+            max_body_bytes,
+            shutdown_timeout,
+            max_model_len,
+            chat_template,
+            generation_config,
+            device,
+            threads,
+            gpu_memory_utilization,
+            tensor_parallel_size,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_num_queued_reqs,
+            kv_cache_dtype,
+            kv_cache_memory_bytes,
+            log_level,
+            log_format,
+            disable_log_requests,
+        )
+    }
+}

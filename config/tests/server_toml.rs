@@ -1,0 +1,125 @@
+//! `server.toml` is the documentation of the defaults: it must agree with the code.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use clap::Args;
+use config::{ConfigError, ServerConfig, Settings};
+
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/server.toml");
+
+fn keys_of_code() -> BTreeSet<String> {
+    Settings::augment_args(clap::Command::new("test"))
+        .get_arguments()
+        .map(|argument| argument.get_id().to_string())
+        .collect()
+}
+
+/// Keys that are set, and keys that stand in a comment of the form `# key = value`.
+fn keys_of_file(text: &str) -> (BTreeSet<String>, BTreeSet<String>) {
+    let key = |line: &str| {
+        line.split_once(" = ").map(|(key, _)| key.to_owned()).filter(|key| !key.contains([' ', '<', '`']))
+    };
+    let set = text.lines().filter(|line| !line.starts_with('#')).filter_map(key).collect();
+    let commented = text.lines().filter_map(|line| line.strip_prefix("# ")).filter_map(key).collect();
+    (set, commented)
+}
+
+#[test]
+fn states_the_defaults() {
+    let file = Settings::from_file(Path::new(FILE)).unwrap();
+    let resolved = ServerConfig::resolve(file, Settings::default()).unwrap();
+    assert_eq!(resolved, ServerConfig::default());
+}
+
+#[test]
+fn names_every_key_and_sets_all_that_have_a_default() {
+    let (set, commented) = keys_of_file(&std::fs::read_to_string(FILE).unwrap());
+    assert_eq!(&set | &commented, keys_of_code());
+    assert_eq!(&set & &commented, BTreeSet::new());
+    // What the code has a fixed value for, the file sets. `threads` has a value that depends on the machine.
+    let defaults = toml::Table::try_from(ServerConfig::default().to_settings()).unwrap();
+    let fixed: BTreeSet<_> = defaults.keys().filter(|key| *key != "threads").cloned().collect();
+    assert_eq!(set, fixed);
+}
+
+#[test]
+fn the_commented_examples_are_valid() {
+    let text = std::fs::read_to_string(FILE).unwrap();
+    let (_, commented) = keys_of_file(&text);
+    let examples: String = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# "))
+        .filter(|line| line.split_once(" = ").is_some_and(|(key, _)| commented.contains(key)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("examples.toml");
+    std::fs::write(&path, examples).unwrap();
+    let mut examples = Settings::from_file(&path).unwrap();
+    assert_eq!(examples.gpu_memory_utilization.take(), Some(0.9));
+    ServerConfig::resolve(examples, Settings::default()).unwrap();
+}
+
+#[test]
+fn flags_win_over_the_file() {
+    let file = Settings { port: Some(1), max_num_seqs: Some(2), ..Settings::default() };
+    let flags = Settings { port: Some(3), ..Settings::default() };
+    let resolved = ServerConfig::resolve(file, flags).unwrap();
+    assert_eq!((resolved.port, resolved.max_num_seqs), (3, 2));
+    assert_eq!(resolved.max_num_queued_reqs, ServerConfig::default().max_num_queued_reqs);
+}
+
+#[test]
+fn what_was_resolved_can_be_said_again() {
+    let said = Settings {
+        model: Some("m".into()),
+        api_key: Some(vec!["k".into()]),
+        max_model_len: Some(128),
+        disable_log_requests: Some(true),
+        ..Settings::default()
+    };
+    let resolved = ServerConfig::resolve(Settings::default(), said).unwrap();
+    assert!(!resolved.log_requests);
+    assert_eq!(ServerConfig::resolve(Settings::default(), resolved.to_settings()).unwrap(), resolved);
+}
+
+#[test]
+fn api_keys_are_not_shown() {
+    let said = Settings { api_key: Some(vec!["hush".into()]), ..Settings::default() };
+    assert!(!format!("{said:?}").contains("hush"));
+    let resolved = ServerConfig::resolve(Settings::default(), said).unwrap();
+    assert!(!format!("{resolved:?}").contains("hush"));
+}
+
+#[test]
+fn refuses_and_names_the_key() {
+    let d = Settings::default;
+    let cases = [
+        ("max_num_seqs", Settings { max_num_seqs: Some(0), ..d() }),
+        ("threads", Settings { threads: Some(0), ..d() }),
+        ("max_model_len", Settings { max_model_len: Some(1), ..d() }),
+        ("served_model_name", Settings { served_model_name: Some(vec![String::new()]), ..d() }),
+        ("tensor_parallel_size", Settings { tensor_parallel_size: Some(2), ..d() }),
+        ("gpu_memory_utilization", Settings { gpu_memory_utilization: Some(0.5), ..d() }),
+        ("device", Settings { device: Some(config::DeviceChoice::Cuda), ..d() }),
+    ];
+    for (key, said) in cases {
+        let error = ServerConfig::resolve(d(), said).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("{key}: ")), "{error}");
+    }
+}
+
+#[test]
+fn a_bad_file_is_named_with_the_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.toml");
+    for (text, word) in [("prot = 1", "prot"), ("port = \"x\"", "port"), ("port = ", "bad.toml")] {
+        std::fs::write(&path, text).unwrap();
+        let error = Settings::from_file(&path).unwrap_err();
+        assert!(matches!(error, ConfigError::Parse { .. }));
+        assert!(error.to_string().contains(word) && error.to_string().contains("bad.toml"), "{error}");
+    }
+    let missing = Settings::from_file(&folder.path().join("none.toml")).unwrap_err();
+    assert!(matches!(missing, ConfigError::Read { .. }));
+}
