@@ -1,0 +1,346 @@
+//! The scheduler by tables, and by simulated load.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::engine::request::{GenerateRequest, Sampling, StopConditions};
+
+const B: usize = KV_BLOCK_TOKENS;
+
+/// A token that ends every sequence of these tests.
+const EOS: u32 = 1;
+
+fn sequence(id: u64, prompt: usize, max_tokens: usize) -> Sequence {
+    let request = GenerateRequest {
+        id: id.to_string(),
+        prompt: vec![7; prompt],
+        sampling: Sampling::default(),
+        stop: StopConditions { max_tokens, eos_token_ids: vec![EOS], ..StopConditions::default() },
+        logprobs: None,
+        prompt_logprobs: None,
+    };
+    Sequence::new(SequenceId(id), request, usize::MAX)
+}
+
+fn scheduler(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize) -> Scheduler {
+    Scheduler::new(Limits { max_num_seqs, max_num_batched_tokens }, blocks)
+}
+
+/// Runs one step with token 9 for everyone; returns `(id, tokens)` of the batch.
+fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
+    let (mut batch, mut updates) = (Batch::default(), Vec::new());
+    scheduler.schedule(&mut batch);
+    let planned = batch.items.iter().map(|i| (scheduler.running()[i.index].id().0, i.tokens)).collect();
+    let sampled = vec![9; batch.items.iter().filter(|item| item.samples).count()];
+    scheduler.commit(&batch, &sampled, &mut updates);
+    planned
+}
+
+#[test]
+fn batches_of_a_few_sequences() {
+    struct Case {
+        name: &'static str,
+        limits: (usize, usize, usize),
+        /// Prompt length and `max_tokens`, all there at the start.
+        sequences: &'static [(usize, usize)],
+        /// `(id, tokens)` of each step, until nothing is left.
+        steps: &'static [&'static [(u64, usize)]],
+    }
+    let cases = [
+        Case {
+            name: "one sequence: the prompt, then token by token",
+            limits: (4, 100, 10),
+            sequences: &[(5, 3)],
+            steps: &[&[(0, 5)], &[(0, 1)], &[(0, 1)]],
+        },
+        Case {
+            name: "max_tokens 0 computes the prompt and no more",
+            limits: (4, 3, 10),
+            sequences: &[(5, 0)],
+            steps: &[&[(0, 3)], &[(0, 2)]],
+        },
+        Case {
+            name: "prompts share a step within the budget; the last one is cut, its rest comes after the decodes",
+            limits: (4, 10, 10),
+            sequences: &[(4, 4), (4, 4), (4, 1)],
+            steps: &[
+                &[(0, 4), (1, 4), (2, 2)],
+                &[(0, 1), (1, 1), (2, 2)],
+                &[(0, 1), (1, 1)],
+                &[(0, 1), (1, 1)],
+            ],
+        },
+        Case {
+            name: "a long prompt leaves decodes alone and fills what is left of each step",
+            limits: (4, 4, 10),
+            sequences: &[(1, 4), (8, 1)],
+            steps: &[&[(0, 1), (1, 3)], &[(0, 1), (1, 3)], &[(0, 1), (1, 2)], &[(0, 1)]],
+        },
+        Case {
+            name: "max_num_seqs: the third waits for a place",
+            limits: (2, 100, 10),
+            sequences: &[(2, 1), (2, 2), (2, 1)],
+            steps: &[&[(0, 2), (1, 2)], &[(1, 1), (2, 2)]],
+        },
+        Case {
+            name: "a budget of one token serves the oldest first",
+            limits: (2, 1, 10),
+            sequences: &[(2, 2), (1, 1)],
+            steps: &[&[(0, 1)], &[(0, 1)], &[(0, 1)], &[(1, 1)]],
+        },
+        Case {
+            name: "who does not fit beside the others waits, and nobody overtakes",
+            limits: (4, 100, 4),
+            sequences: &[(B, 2), (3 * B, 1), (1, 1)],
+            steps: &[&[(0, B)], &[(0, 1)], &[(1, 3 * B)], &[(2, 1)]],
+        },
+        Case {
+            name: "when blocks run out the youngest gives way, and is computed again with what it had generated",
+            limits: (4, 100, 3),
+            sequences: &[(B - 1, 3), (B - 1, 4)],
+            steps: &[
+                &[(0, B - 1), (1, B - 1)],
+                &[(0, 1), (1, 1)], // both are at B tokens: full blocks
+                &[(0, 1)],         // 0 takes the last block, 1 gives way
+                &[(1, B + 1)],     // 1 again: prompt and two generated tokens
+                &[(1, 1)],
+            ],
+        },
+    ];
+    for case in cases {
+        let (seqs, tokens, blocks) = case.limits;
+        let mut scheduler = scheduler(seqs, tokens, blocks);
+        for (id, &(prompt, max_tokens)) in case.sequences.iter().enumerate() {
+            scheduler.add(sequence(id as u64, prompt, max_tokens));
+        }
+        let mut steps = Vec::new();
+        while !scheduler.is_idle() {
+            assert!(steps.len() < 100, "{}: does not end: {steps:?}", case.name);
+            steps.push(step(&mut scheduler));
+        }
+        assert_eq!(steps, case.steps, "{}", case.name);
+        assert_eq!(scheduler.blocks().used(), 0, "{}", case.name);
+    }
+}
+
+#[test]
+fn sequences_end_for_the_right_reason() {
+    // (max_tokens, min_tokens, what is drawn, expected end and number of tokens)
+    let cases: [(usize, usize, &[u32], FinishReason, usize); 6] = [
+        (3, 0, &[9, 9, 9, 9], FinishReason::Length, 3),
+        (3, 0, &[9, EOS, 9], FinishReason::Eos, 2),
+        (3, 0, &[9, 9, EOS], FinishReason::Eos, 3),
+        (3, 0, &[2, 9, 9], FinishReason::StopToken(2), 1),
+        (9, 2, &[EOS, 2, EOS, 9], FinishReason::Eos, 3),
+        (2, 2, &[EOS, EOS], FinishReason::Length, 2),
+    ];
+    for (max_tokens, min_tokens, drawn, reason, expected) in cases {
+        let stop =
+            StopConditions { max_tokens, min_tokens, eos_token_ids: vec![EOS], stop_token_ids: vec![2] };
+        let request = GenerateRequest {
+            id: String::new(),
+            prompt: vec![7; 4],
+            sampling: Sampling::default(),
+            stop,
+            logprobs: None,
+            prompt_logprobs: None,
+        };
+        let mut scheduler = scheduler(1, 100, 10);
+        scheduler.add(Sequence::new(SequenceId(0), request, 100));
+        let (mut batch, mut updates) = (Batch::default(), Vec::new());
+        for &token in drawn {
+            if !scheduler.is_idle() {
+                scheduler.schedule(&mut batch);
+                scheduler.commit(&batch, &[token], &mut updates);
+            }
+        }
+        assert_eq!(updates.len(), expected, "{drawn:?}");
+        let usage = Usage { prompt_tokens: 4, cached_tokens: 0, completion_tokens: expected };
+        assert_eq!(updates.last().unwrap().finished, Some((reason, usage)), "{drawn:?}");
+    }
+}
+
+#[test]
+fn the_context_ends_a_sequence() {
+    let mut scheduler = scheduler(1, 100, 10);
+    let request = GenerateRequest {
+        id: String::new(),
+        prompt: vec![7; 4],
+        sampling: Sampling::default(),
+        stop: StopConditions { max_tokens: usize::MAX, ..StopConditions::default() },
+        logprobs: None,
+        prompt_logprobs: None,
+    };
+    scheduler.add(Sequence::new(SequenceId(0), request, 6));
+    assert_eq!([step(&mut scheduler), step(&mut scheduler)], [vec![(0, 4)], vec![(0, 1)]]);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn removing_frees_blocks_and_keeps_the_order() {
+    let mut scheduler = scheduler(2, 100, 10);
+    for id in 0..4 {
+        scheduler.add(sequence(id, B, 9));
+    }
+    step(&mut scheduler);
+    assert_eq!((scheduler.running().len(), scheduler.waiting.len(), scheduler.blocks().used()), (2, 2, 2));
+    assert!(scheduler.remove(SequenceId(0)).is_some());
+    assert!(scheduler.remove(SequenceId(2)).is_some());
+    assert!(scheduler.remove(SequenceId(2)).is_none());
+    assert_eq!(scheduler.blocks().used(), 1);
+    assert_eq!(step(&mut scheduler), [(1, 1), (3, B)]);
+}
+
+/// What a simulated client does.
+#[derive(Debug, Clone)]
+struct Client {
+    prompt: usize,
+    max_tokens: usize,
+    /// Steps between the arrival before and this one.
+    gap: usize,
+    /// Goes away this many steps after it came.
+    leaves_after: Option<usize>,
+}
+
+fn client() -> impl Strategy<Value = Client> {
+    let leaves_after = prop_oneof![4 => Just(None), 1 => (0..60_usize).prop_map(Some)];
+    (1..=4 * B, 0..=3 * B, 0..4_usize, leaves_after)
+        .prop_map(|(prompt, max_tokens, gap, leaves_after)| Client { prompt, max_tokens, gap, leaves_after })
+}
+
+/// The token drawn at a place of a sequence: any function of these two alone, as real sampling is.
+fn drawn(id: SequenceId, place: usize) -> u32 {
+    let mixed = (id.0 << 32 | place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    // About one token in 50 ends its sequence.
+    if mixed.is_multiple_of(50) { EOS } else { 2 + (mixed % 1000) as u32 }
+}
+
+/// What a client of the simulation must hear in the end.
+fn expected_output(id: SequenceId, max_tokens: usize) -> Vec<u32> {
+    let mut output = Vec::new();
+    while output.len() < max_tokens && output.last() != Some(&EOS) {
+        output.push(drawn(id, output.len()));
+    }
+    output
+}
+
+/// Checks what must hold after every `schedule`.
+fn check_plan(scheduler: &Scheduler, batch: &Batch) {
+    let limits = scheduler.limits;
+    assert!(batch.tokens() <= limits.max_num_batched_tokens, "the token budget is kept");
+    assert!(scheduler.running().len() <= limits.max_num_seqs);
+    assert!(!batch.items.is_empty() || scheduler.is_idle(), "there is work and nobody runs");
+
+    let ids: Vec<_> = scheduler.sequences().map(Sequence::id).collect();
+    assert!(ids.is_sorted(), "first come, first served: {ids:?}");
+    if let Some(oldest) = ids.first() {
+        let first = batch.items.first().map(|item| scheduler.running()[item.index].id());
+        assert_eq!(first, Some(*oldest), "the oldest always runs: nobody starves");
+    }
+
+    let mut held = BTreeSet::new();
+    for sequence in scheduler.sequences() {
+        for block in sequence.block_table.blocks() {
+            assert!(held.insert(*block), "block {block} is in two tables");
+        }
+    }
+    assert_eq!(held.len(), scheduler.blocks().used(), "blocks are held or free");
+    assert!(scheduler.waiting.iter().all(|s| s.computed() == 0 && s.block_table.blocks().is_empty()));
+
+    for item in &batch.items {
+        let sequence = &scheduler.running()[item.index];
+        assert!(item.tokens >= 1 && item.tokens <= sequence.remaining());
+        let room = sequence.block_table.blocks().len() * B;
+        assert!(sequence.computed() + item.tokens <= room, "every token has a slot");
+    }
+}
+
+/// Serves `clients` to the end; checks each step, and what each client heard.
+fn simulate(limits: Limits, blocks: usize, clients: &[Client]) -> usize {
+    let mut scheduler = Scheduler::new(limits, blocks);
+    let (mut batch, mut updates) = (Batch::default(), Vec::new());
+    let mut outputs: BTreeMap<SequenceId, Vec<u32>> = BTreeMap::new();
+    let mut prompts = BTreeSet::new();
+    let mut ended = BTreeSet::new();
+    let mut gone = BTreeSet::new();
+    let mut leaving: Vec<(usize, SequenceId)> = Vec::new();
+    let (mut now, mut preemptions) = (0, 0);
+    let mut arrivals = clients.iter().enumerate().peekable();
+    let mut next_arrival = clients.first().map_or(0, |client| client.gap);
+
+    while arrivals.peek().is_some() || !scheduler.is_idle() {
+        while let Some((index, client)) = arrivals.next_if(|_| now >= next_arrival) {
+            let id = SequenceId(index as u64);
+            scheduler.add(sequence(id.0, client.prompt, client.max_tokens));
+            leaving.extend(client.leaves_after.map(|steps| (now + steps, id)));
+            next_arrival = now + arrivals.peek().map_or(0, |(_, client)| client.gap);
+        }
+        for &(_, id) in leaving.iter().filter(|(at, _)| *at == now) {
+            if scheduler.remove(id).is_some() {
+                gone.insert(id);
+            }
+        }
+        scheduler.schedule(&mut batch);
+        check_plan(&scheduler, &batch);
+        preemptions += batch.preempted.len();
+        let sampled: Vec<u32> = batch
+            .items
+            .iter()
+            .filter(|item| item.samples)
+            .map(|item| &scheduler.running()[item.index])
+            .map(|sequence| drawn(sequence.id(), sequence.generated()))
+            .collect();
+        scheduler.commit(&batch, &sampled, &mut updates);
+        for update in updates.drain(..) {
+            assert!(!ended.contains(&update.id) && !gone.contains(&update.id));
+            if update.prompt.is_some() {
+                assert!(prompts.insert(update.id), "a prompt completes once");
+            }
+            outputs.entry(update.id).or_default().extend(update.token);
+            if update.finished.is_some() {
+                ended.insert(update.id);
+            }
+        }
+        now += 1;
+        assert!(now < 1_000_000, "does not end");
+    }
+
+    assert_eq!(scheduler.blocks().used(), 0, "blocks leak");
+    for (index, client) in clients.iter().enumerate() {
+        let id = SequenceId(index as u64);
+        let expected = expected_output(id, client.max_tokens);
+        let output = outputs.remove(&id).unwrap_or_default();
+        if gone.contains(&id) {
+            assert!(expected.starts_with(&output), "what a client heard before it left is right");
+        } else {
+            assert!(ended.contains(&id), "every request ends");
+            assert_eq!(output, expected, "a preempted sequence goes on where it was");
+        }
+    }
+    preemptions
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn every_client_is_served(
+        max_num_seqs in 1..8_usize,
+        max_num_batched_tokens in prop_oneof![1..8_usize, 1..200_usize],
+        // The longest sequence needs 7 blocks.
+        blocks in prop_oneof![7..12_usize, 7..60_usize],
+        clients in prop::collection::vec(client(), 0..24),
+    ) {
+        simulate(Limits { max_num_seqs, max_num_batched_tokens }, blocks, &clients);
+    }
+}
+
+#[test]
+fn the_simulation_preempts() {
+    // Otherwise the property above would not say what it seems to.
+    let client = Client { prompt: B, max_tokens: 3 * B, gap: 0, leaves_after: None };
+    let limits = Limits { max_num_seqs: 8, max_num_batched_tokens: 64 };
+    assert!(simulate(limits, 9, &vec![client; 12]) > 0);
+}

@@ -1,0 +1,158 @@
+//! What comes out: the same whatever else runs, and what was asked for.
+
+use super::*;
+
+/// Requests of many kinds and lengths.
+fn mixed_requests() -> Vec<GenerateRequest> {
+    let lengths = [1, 15, 16, 17, 40, 3, 64, 33, 90, 7, 48, 120];
+    let kinds = lengths.iter().enumerate().map(|(index, &len)| {
+        let seed = 1000 + index as u64;
+        let base = Sampling { seed, ..Sampling::default() };
+        let sampling = match index % 6 {
+            0 => Sampling { temperature: 0.0, ..base },
+            1 => base,
+            2 => Sampling { temperature: 0.8, top_p: 0.9, ..base },
+            3 => Sampling { temperature: 1.5, top_k: Some(40), min_p: 0.02, ..base },
+            4 => Sampling { repetition_penalty: 1.3, frequency_penalty: 0.2, ..base },
+            _ => Sampling { presence_penalty: 0.7, logit_bias: vec![(11, 2.5), (500, -9.0)], ..base },
+        };
+        let mut request = GenerateRequest { sampling, ..request(len, 20 + 3 * index) };
+        request.prompt = text_tokens()[37 * index..][..len].to_vec();
+        request.logprobs = (index % 3 == 0).then_some(index % 4);
+        request.prompt_logprobs = (index % 2 == 0).then_some(index % 5);
+        request
+    });
+    kinds.collect()
+}
+
+fn alone() -> Vec<Heard> {
+    let engine = start(options(64));
+    mixed_requests().into_iter().map(|request| run(&engine, request)).collect()
+}
+
+fn assert_same(name: &str, expected: &[Heard], heard: &[Heard]) {
+    for (index, (expected, heard)) in expected.iter().zip(heard).enumerate() {
+        assert_eq!(heard.tokens, expected.tokens, "{name}: tokens of request {index}");
+        assert_eq!(heard, expected, "{name}: request {index}");
+    }
+    assert_eq!(heard.len(), expected.len(), "{name}");
+}
+
+#[test]
+fn a_crowd_changes_nothing_whatever_the_chunks_and_the_memory() {
+    let expected = alone();
+    let cases = [
+        ("steps of 512 tokens", EngineOptions { max_num_batched_tokens: 512, ..options(200) }),
+        ("steps of 7 tokens", EngineOptions { max_num_batched_tokens: 7, ..options(200) }),
+        ("steps of one token", EngineOptions { max_num_batched_tokens: 1, ..options(200) }),
+        ("three at a time", EngineOptions { max_num_seqs: 3, ..options(200) }),
+        // The longest sequence needs 11 blocks, all together about 90.
+        ("little memory", options(14)),
+        ("little memory and steps of 7 tokens", EngineOptions { max_num_batched_tokens: 7, ..options(14) }),
+    ];
+    for (name, options) in cases {
+        let engine = start(options);
+        // In reverse, so that neither places in the batch nor blocks are those of the runs alone.
+        let mut requests = mixed_requests();
+        requests.reverse();
+        let channels = engine.submit_all(requests).unwrap();
+        let mut heard: Vec<Heard> = channels.into_iter().map(hear).collect();
+        heard.reverse();
+        assert_same(name, &expected, &heard);
+        let stats = engine.stats();
+        assert_eq!(stats.preemptions > 0, name.starts_with("little memory"), "{name}: {stats:?}");
+        assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0), "{name}");
+        let tokens: usize = expected.iter().map(|heard| heard.tokens.len()).sum();
+        assert_eq!(stats.generation_tokens, tokens as u64, "{name}");
+        let prompts: usize = mixed_requests().iter().map(|request| request.prompt.len()).sum();
+        assert_eq!(stats.prompt_tokens, prompts as u64, "{name}: recomputed prompts count once");
+    }
+}
+
+#[test]
+fn seeds_decide_what_is_drawn() {
+    let engine = start(options(64));
+    let draw = |seed| {
+        let sampling = Sampling { seed, ..Sampling::default() };
+        run(&engine, GenerateRequest { sampling, ..request(20, 30) }).tokens
+    };
+    assert_eq!(draw(1), draw(1));
+    assert_ne!(draw(1), draw(2));
+}
+
+#[test]
+fn generated_logprobs_are_those_of_the_same_tokens_as_a_prompt() {
+    let engine = start(options(64));
+    let generated = run(&engine, GenerateRequest { logprobs: Some(3), ..request(30, 25) });
+    assert_eq!((generated.tokens.len(), generated.logprobs.len()), (25, 25));
+    assert!(generated.logprobs.iter().all(|l| l.rank == 1 && l.top.len() == 3 && l.logprob == l.top[0].1));
+
+    let mut again = GenerateRequest { prompt_logprobs: Some(3), ..request(30, 0) };
+    again.prompt.extend(&generated.tokens);
+    let scored = run(&engine, again);
+    assert!(scored.tokens.is_empty());
+    let usage = Usage { prompt_tokens: 55, cached_tokens: 0, completion_tokens: 0 };
+    assert_eq!(scored.end, Some((FinishReason::Length, usage)));
+    let scored = scored.prompt.expect("prompt log-probabilities were asked for");
+    assert_eq!(scored.len(), 54);
+    assert_eq!(scored[29..], generated.logprobs);
+}
+
+#[test]
+fn a_prompt_of_one_token_has_nothing_to_score() {
+    let engine = start(options(64));
+    let heard = run(&engine, GenerateRequest { prompt_logprobs: Some(1), ..request(1, 1) });
+    assert_eq!((heard.prompt, heard.tokens.len()), (Some(vec![]), 1));
+    assert_eq!(run(&engine, request(1, 0)).prompt, None);
+}
+
+#[test]
+fn bias_masks_and_penalties_steer_the_output() {
+    let engine = start(options(64));
+    let steered = |sampling, stop: StopConditions| {
+        let stop = StopConditions { max_tokens: 12, ..stop };
+        run(&engine, GenerateRequest { sampling, stop, logprobs: Some(0), ..request(30, 12) })
+    };
+    let greedy = || Sampling { temperature: 0.0, ..Sampling::default() };
+    let free = steered(greedy(), StopConditions::default());
+
+    let forced = steered(Sampling { logit_bias: vec![(77, 1e4)], ..greedy() }, StopConditions::default());
+    assert_eq!(forced.tokens, [77; 12]);
+    assert!(forced.logprobs[0].rank > 1, "log-probabilities are the model's own");
+    assert!(forced.logprobs[0].logprob < free.logprobs[0].logprob);
+
+    let allowed = vec![100, 200, 300];
+    let masked = steered(
+        Sampling { allowed_token_ids: Some(allowed.clone()), temperature: 2.0, ..greedy() },
+        StopConditions::default(),
+    );
+    assert!(masked.tokens.iter().all(|token| allowed.contains(token)), "{:?}", masked.tokens);
+
+    let mut distinct =
+        steered(Sampling { presence_penalty: 1e4, ..greedy() }, StopConditions::default()).tokens;
+    distinct.sort_unstable();
+    distinct.dedup();
+    assert_eq!(distinct.len(), 12, "no token twice");
+
+    let end = StopConditions { min_tokens: 5, eos_token_ids: vec![77], ..StopConditions::default() };
+    let stopped = steered(Sampling { logit_bias: vec![(77, 1e4)], ..greedy() }, end);
+    assert_eq!((stopped.tokens.len(), stopped.tokens[5]), (6, 77));
+    assert!(!stopped.tokens[..5].contains(&77));
+    assert_eq!(stopped.end.map(|(reason, _)| reason), Some(FinishReason::Eos));
+
+    let at = StopConditions { stop_token_ids: vec![free.tokens[3]], ..StopConditions::default() };
+    let cut = steered(greedy(), at);
+    let first = free.tokens.iter().position(|token| *token == free.tokens[3]).unwrap();
+    assert_eq!(cut.tokens, free.tokens[..=first]);
+    assert_eq!(cut.end.map(|(reason, _)| reason), Some(FinishReason::StopToken(free.tokens[3])));
+}
+
+#[test]
+fn the_context_ends_generation() {
+    let engine = start(EngineOptions { max_model_len: Some(40), ..options(64) });
+    let heard = run(&engine, request(30, usize::MAX));
+    assert_eq!(heard.tokens.len(), 10);
+    assert_eq!(heard.end.map(|(reason, _)| reason), Some(FinishReason::Length));
+    assert_eq!(run(&engine, request(39, 5)).tokens.len(), 1);
+    assert_eq!(run(&engine, request(40, 0)).tokens.len(), 0);
+}
