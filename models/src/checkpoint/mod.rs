@@ -30,6 +30,15 @@ pub use tensor::{DenseTensor, LinearTensor, MxLinear};
 use record::RecordedSchemes;
 use shards::ShardSet;
 
+/// Shape and stored size of a quantized linear module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MxInfo {
+    /// `[N, K]`.
+    pub shape: [usize; 2],
+    /// Bytes of codes and scales.
+    pub bytes: u64,
+}
+
 /// An open checkpoint folder.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -84,9 +93,10 @@ impl Checkpoint {
     /// # Errors
     /// It is not there.
     pub fn info(&self, tensor: &str) -> Result<&TensorInfo, CheckpointError> {
-        self.shards
-            .info(tensor)
-            .ok_or_else(|| CheckpointError::MissingTensor { dir: self.dir.clone(), tensor: tensor.to_owned() })
+        self.shards.info(tensor).ok_or_else(|| CheckpointError::MissingTensor {
+            dir: self.dir.clone(),
+            tensor: tensor.to_owned(),
+        })
     }
 
     /// Paths of the shards, in the order of [`TensorInfo::shard`].
@@ -100,7 +110,9 @@ impl Checkpoint {
     /// The range leaves the tensor, or the file cannot be read.
     pub fn read_range(&self, info: &TensorInfo, start: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
         if start.checked_add(out.len() as u64).is_none_or(|end| end > info.bytes) {
-            return Err(self.tensor_error(info, format!("has {} bytes, not {start} + {}", info.bytes, out.len())));
+            return Err(
+                self.tensor_error(info, format!("has {} bytes, not {start} + {}", info.bytes, out.len()))
+            );
         }
         self.shards.read(info, start, out)
     }
@@ -111,8 +123,9 @@ impl Checkpoint {
     /// It is missing, unreadable, or not BF16, F16 or F32.
     pub fn dense(&self, name: &str) -> Result<DenseTensor, CheckpointError> {
         let info = self.info(name)?;
-        let dtype = dense_dtype(info.dtype)
-            .ok_or_else(|| self.tensor_error(info, format!("{} where BF16, F16 or F32 is expected", info.dtype)))?;
+        let dtype = dense_dtype(info.dtype).ok_or_else(|| {
+            self.tensor_error(info, format!("{} where BF16, F16 or F32 is expected", info.dtype))
+        })?;
         Ok(DenseTensor { name: name.to_owned(), dtype, shape: info.shape.clone(), bytes: self.read(info)? })
     }
 
@@ -153,6 +166,33 @@ impl Checkpoint {
     }
 
     fn mx_linear(&self, module: &str, scheme: Scheme) -> Result<MxLinear, CheckpointError> {
+        let (codes, scales, shape) = self.mx_parts(module, scheme)?;
+        let (code_bytes, scale_bytes) = (self.read(codes)?, self.read(scales)?);
+        MxTensor::new(scheme.weight.format, shape, &code_bytes, &scale_bytes).map_err(|source| {
+            CheckpointError::Mx {
+                path: self.shards.path(codes).to_owned(),
+                tensor: codes.name.clone(),
+                source,
+            }
+        })?;
+        Ok(MxLinear { scheme, shape, codes: code_bytes, scales: scale_bytes })
+    }
+
+    /// Shape and stored size of a module with `scheme`, from the headers alone.
+    ///
+    /// # Errors
+    /// A tensor is missing or does not have the format.
+    pub fn mx_info(&self, module: &str, scheme: Scheme) -> Result<MxInfo, CheckpointError> {
+        let (codes, scales, shape) = self.mx_parts(module, scheme)?;
+        Ok(MxInfo { shape, bytes: codes.bytes + scales.bytes })
+    }
+
+    /// Codes, scales and `[N, K]` of a module with `scheme`.
+    fn mx_parts(
+        &self,
+        module: &str,
+        scheme: Scheme,
+    ) -> Result<(&TensorInfo, &TensorInfo, [usize; 2]), CheckpointError> {
         let packed = format!("{module}.weight_packed");
         let codes = match self.shards.info(&packed) {
             Some(info) => info,
@@ -165,17 +205,10 @@ impl Checkpoint {
         }
         let expected = [shape[0], scheme.weight.format.scale_bytes(shape[1])];
         if scales.shape != expected {
-            return Err(self.tensor_error(scales, format!("shape {:?} where {expected:?} is expected", scales.shape)));
+            let reason = format!("shape {:?} where {expected:?} is expected", scales.shape);
+            return Err(self.tensor_error(scales, reason));
         }
-        let (code_bytes, scale_bytes) = (self.read(codes)?, self.read(scales)?);
-        MxTensor::new(scheme.weight.format, shape, &code_bytes, &scale_bytes).map_err(|source| {
-            CheckpointError::Mx {
-                path: self.shards.path(codes).to_owned(),
-                tensor: codes.name.clone(),
-                source,
-            }
-        })?;
-        Ok(MxLinear { scheme, shape, codes: code_bytes, scales: scale_bytes })
+        Ok((codes, scales, shape))
     }
 
     /// `[N, K]` of stored codes: U8 holds packed bytes, the other dtypes say how many elements there are.
@@ -208,11 +241,7 @@ impl Checkpoint {
     }
 
     fn tensor_error(&self, info: &TensorInfo, reason: String) -> CheckpointError {
-        CheckpointError::Tensor {
-            path: self.shards.path(info).to_owned(),
-            tensor: info.name.clone(),
-            reason,
-        }
+        CheckpointError::Tensor { path: self.shards.path(info).to_owned(), tensor: info.name.clone(), reason }
     }
 }
 
@@ -227,7 +256,6 @@ pub fn dense_dtype(dtype: Dtype) -> Option<DenseDtype> {
 }
 
 fn read_json(path: &Path) -> Result<Value, CheckpointError> {
-    let text =
-        std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+    let text = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })
 }

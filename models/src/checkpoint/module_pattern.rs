@@ -58,7 +58,9 @@ impl FromStr for ModulePattern {
             Some(regex) => {
                 Matcher::Regex(Regex::new(&format!("^(?:{regex})")).map_err(|e| invalid(e.to_string()))?)
             }
-            None => Matcher::Glob(Glob::new(text).map_err(|e| invalid(e.kind().to_string()))?.compile_matcher()),
+            None => {
+                Matcher::Glob(Glob::new(text).map_err(|e| invalid(e.kind().to_string()))?.compile_matcher())
+            }
         };
         Ok(Self { text: text.to_owned(), matcher })
     }

@@ -129,7 +129,12 @@ impl RecordedSchemes {
     }
 
     /// `declared` with the recorded scale rules; the formats must agree.
-    pub(super) fn refine(&self, dir: &Path, module: &str, declared: Scheme) -> Result<Scheme, CheckpointError> {
+    pub(super) fn refine(
+        &self,
+        dir: &Path,
+        module: &str,
+        declared: Scheme,
+    ) -> Result<Scheme, CheckpointError> {
         let Some(&recorded) = self.0.get(module) else { return Ok(declared) };
         let formats = |scheme: Scheme| (scheme.weight.format, scheme.activation.map(|a| a.format));
         if formats(recorded) == formats(declared) {

@@ -31,10 +31,16 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// Size in bytes.
     pub bytes: u64,
-    /// Number of its shard, an index into [`ShardSet::files`].
+    /// Number of its shard, an index into [`Checkpoint::shard_files`](super::Checkpoint::shard_files).
     pub shard: usize,
+    offset: u64,
+}
+
+impl TensorInfo {
     /// Offset of its first byte in the shard's file.
-    pub(super) offset: u64,
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
 }
 
 /// The open shards of a checkpoint.
@@ -89,9 +95,9 @@ impl ShardSet {
             let mut infos: HashMap<String, TensorInfo> =
                 self.add_file(dir.join(name))?.into_iter().map(|info| (info.name.clone(), info)).collect();
             for tensor in listed {
-                let info = infos
-                    .remove(tensor)
-                    .ok_or_else(|| corrupt(format!("tensor {tensor} is listed in {shard} but is not there")))?;
+                let info = infos.remove(tensor).ok_or_else(|| {
+                    corrupt(format!("tensor {tensor} is listed in {shard} but is not there"))
+                })?;
                 self.tensors.insert(info.name.clone(), info);
             }
         }
@@ -121,8 +127,8 @@ impl ShardSet {
         // At most MAX_HEADER_BYTES, so the cast cannot lose bits.
         let mut header = vec![0; header_bytes as usize];
         file.read_exact(&mut header).map_err(io)?;
-        let metadata: Metadata =
-            serde_json::from_slice(&header).map_err(|e| corrupt(format!("corrupt safetensors header: {e}")))?;
+        let metadata: Metadata = serde_json::from_slice(&header)
+            .map_err(|e| corrupt(format!("corrupt safetensors header: {e}")))?;
         let expected = 8 + header_bytes + metadata.data_len() as u64;
         if expected != file_bytes {
             let what = if file_bytes < expected { "truncated" } else { "corrupt" };

@@ -75,7 +75,10 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
     refuse_unless_empty("transform_config", transforms, "a transform at run time")?;
     refuse_sparsity(config.sparsity_config.as_ref())?;
     if let Some(status) = config.quantization_status.as_deref().filter(|s| *s != "compressed") {
-        return Err(Refusal::new("quantization_status", format!("'{status}' where 'compressed' is expected")));
+        return Err(Refusal::new(
+            "quantization_status",
+            format!("'{status}' where 'compressed' is expected"),
+        ));
     }
 
     let mut list = rules("ignore", config.ignore.unwrap_or_default(), None)?;
@@ -128,8 +131,11 @@ fn group_scheme(group: &Group, top_format: Option<&str>) -> Result<Scheme, Refus
     if weight.format.element != *element {
         return Err(Refusal::new("weights.num_bits", format!("{} in format '{format}'", weights.num_bits)));
     }
-    let activation =
-        group.input_activations.as_ref().map(|args| args_cast("input_activations", args, true)).transpose()?;
+    let activation = group
+        .input_activations
+        .as_ref()
+        .map(|args| args_cast("input_activations", args, true))
+        .transpose()?;
     Ok(Scheme { weight, activation })
 }
 

@@ -96,7 +96,8 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
     for (pattern, layer) in config.layers {
         let field = format!("layers.{pattern}");
         let layer: LayerJson = parse(&field, &layer)?;
-        let scheme = scheme(layer.weight.as_ref(), layer.input_tensors.as_ref()).map_err(|r| r.within(&field))?;
+        let scheme =
+            scheme(layer.weight.as_ref(), layer.input_tensors.as_ref()).map_err(|r| r.within(&field))?;
         list.extend(rules(&field, [pattern], scheme)?);
     }
     let default = scheme(config.weight.as_ref(), config.input_tensors.as_ref())?;
@@ -108,7 +109,10 @@ fn scheme(weight: Option<&CastJson>, input: Option<&CastJson>) -> Result<Option<
     let Some(weight) = weight else {
         return match input {
             None => Ok(None),
-            Some(_) => Err(Refusal::new("input_tensors", "a quantized input of an unquantized weight is not supported")),
+            Some(_) => Err(Refusal::new(
+                "input_tensors",
+                "a quantized input of an unquantized weight is not supported",
+            )),
         };
     };
     Ok(Some(Scheme {

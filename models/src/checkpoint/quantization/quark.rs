@@ -9,7 +9,8 @@ use super::spec::{cast, element, element_name, parse, refuse_unless_empty};
 use super::{Declaration, Quantization, Refusal, rules};
 
 /// Element types that Quark and its readers store as MX.
-const ELEMENTS: [ElementType; 4] = [ElementType::E2m1, ElementType::E2m3, ElementType::E3m2, ElementType::E4m3];
+const ELEMENTS: [ElementType; 4] =
+    [ElementType::E2m1, ElementType::E2m3, ElementType::E3m2, ElementType::E4m3];
 
 /// Methods that leave nothing to do at run time.
 const FOLDED_ALGORITHMS: [&str; 7] =
@@ -79,8 +80,16 @@ pub(super) fn knows(element: ElementType) -> bool {
 /// Reads `quantization_config`.
 pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
     let config: Config = parse("global_quant_config", declared)?;
-    refuse_unless_empty("layer_type_quant_config", config.layer_type_quant_config.as_ref(), "a scheme per layer type")?;
-    refuse_unless_empty("kv_cache_quant_config", config.kv_cache_quant_config.as_ref(), "a quantized KV cache")?;
+    refuse_unless_empty(
+        "layer_type_quant_config",
+        config.layer_type_quant_config.as_ref(),
+        "a scheme per layer type",
+    )?;
+    refuse_unless_empty(
+        "kv_cache_quant_config",
+        config.kv_cache_quant_config.as_ref(),
+        "a quantized KV cache",
+    )?;
     refuse_unless_empty("softmax_quant_spec", config.softmax_quant_spec.as_ref(), "a quantized softmax")?;
     if let Some(export) = &config.export {
         refuse_unless_empty("export.kv_cache_group", export.kv_cache_group.as_ref(), "a quantized KV cache")?;
@@ -125,7 +134,10 @@ fn layer_scheme(layer: LayerConfig) -> Result<Option<Scheme>, Refusal> {
     let Some(weight) = weight else {
         return match input {
             None => Ok(None),
-            Some(_) => Err(Refusal::new("input_tensors", "a quantized input of an unquantized weight is not supported")),
+            Some(_) => Err(Refusal::new(
+                "input_tensors",
+                "a quantized input of an unquantized weight is not supported",
+            )),
         };
     };
     Ok(Some(Scheme {
@@ -228,4 +240,3 @@ fn tensor_json(cast: Cast, dynamic: bool) -> Value {
         "is_scale_quant": false,
     })
 }
-

@@ -77,7 +77,9 @@ fn quark(global: &Value) -> Value {
 
 #[test]
 fn quark_excludes_and_layers() {
-    let mut config = quark(&json!({"weight": quark_tensor("fp4", false), "input_tensors": quark_tensor("fp6_e2m3", true)}));
+    let mut config = quark(
+        &json!({"weight": quark_tensor("fp4", false), "input_tensors": quark_tensor("fp6_e2m3", true)}),
+    );
     config["exclude"] = json!(["lm_head", "re:model.layers.0\\..*", "*.o_proj"]);
     config["layer_quant_config"] = json!({"*down_proj": {"weight": quark_tensor("fp8_e4m3", false)}});
     let read = Quantization::from_json(&config).unwrap();
@@ -101,7 +103,10 @@ fn quark_refuses_what_is_not_mx() {
     let weight = quark_tensor("fp4", false);
     let per_tensor = json!({"dtype": "fp8_e4m3", "is_dynamic": false, "qscheme": "per_tensor"});
     let message = refusal(&quark(&json!({"weight": weight, "input_tensors": per_tensor})));
-    assert!(message.contains("global_quant_config.input_tensors") && message.contains("per_tensor"), "{message}");
+    assert!(
+        message.contains("global_quant_config.input_tensors") && message.contains("per_tensor"),
+        "{message}"
+    );
     for weight in ["int4", "fp8_e5m2", "mx", "int8"] {
         let message = refusal(&quark(&json!({"weight": quark_tensor(weight, false)})));
         assert!(message.contains("weight") && message.contains(weight), "{message}");
@@ -142,11 +147,17 @@ fn compressed_tensors_targets() {
     eight["targets"] = json!(["re:.*down_proj$", Q]);
     let mut six = ct_group("mxfp6-pack-quantized", 6);
     six["targets"] = json!(["re:.*q_proj"]);
-    let read =
-        Quantization::from_json(&ct(&json!({"a": ct_group("mxfp4-pack-quantized", 4), "b": six, "c": eight}))).unwrap();
+    let read = Quantization::from_json(&ct(
+        &json!({"a": ct_group("mxfp4-pack-quantized", 4), "b": six, "c": eight}),
+    ))
+    .unwrap();
     assert_eq!(formats(read.scheme("model.layers.0.mlp.up_proj")), formats(Some(scheme("mxfp4"))));
     assert_eq!(formats(read.scheme(DOWN)), formats(Some(scheme("mxfp8"))));
-    assert_eq!(formats(read.scheme(Q)), formats(Some(scheme("mxfp8"))), "a name comes before regular expressions");
+    assert_eq!(
+        formats(read.scheme(Q)),
+        formats(Some(scheme("mxfp8"))),
+        "a name comes before regular expressions"
+    );
     assert_eq!(formats(read.scheme("model.layers.0.self_attn.q_proj")), formats(Some(scheme("mxfp6"))));
     assert_eq!(read.scheme("model.layers.0.self_attn.o_proj"), None);
 }

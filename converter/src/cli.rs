@@ -1,0 +1,268 @@
+//! The command line: what was said ([`Cli`]), and what it means ([`Invocation`]).
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use converter::plan::Recipe;
+use converter::{Options, default_output};
+use kernels::mx::{ElementRounding, ScaleRounding, Scheme};
+use models::checkpoint::ModulePattern;
+use models::checkpoint::quantization::Dialect;
+
+/// Packs BF16, F16 and F32 checkpoints into Microscaling (MX) formats.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mxconvert",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    convert: Option<ConvertArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prints what a checkpoint holds: formats, bytes, bits per weight.
+    Inspect {
+        /// A checkpoint folder, quantized or not.
+        dir: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct ConvertArgs {
+    /// A Hugging Face folder, or a GGUF file of the llama architecture (a folder named `inspect` is `./inspect`).
+    model: PathBuf,
+
+    /// WEIGHT or WEIGHT:ACTIVATION of mxint8, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, mxint4, mxfp4_e3m0;
+    /// or w4a4, w4a6, w4a8, w6a6, w6a8, w8a8.
+    #[arg(short, long, value_parser = format)]
+    format: (String, Scheme),
+
+    /// Folder to make [default: MODEL-FORMAT].
+    #[arg(short, long)]
+    output: Option<PathBuf>,
+
+    /// Another format for some modules: a glob, or a regular expression after `re:`; the last match wins. Also
+    /// reaches lm_head and model.embed_tokens.
+    #[arg(long, value_name = "PATTERN=FORMAT", value_parser = layer)]
+    layer: Vec<(ModulePattern, Scheme)>,
+
+    /// Modules to leave as they are.
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<ModulePattern>,
+
+    /// Rule for shared scales, floor, ceil, rceil, even or mse, of weights and of activations
+    /// [default: mxfp4, mxfp6 even; mxfp8 rceil; mxint8 floor].
+    #[arg(long, value_name = "RULE")]
+    scale_rounding: Option<ScaleRounding>,
+
+    /// Rule for the shared scales of activations [default: that of --scale-rounding].
+    #[arg(long, value_name = "RULE")]
+    activation_scale_rounding: Option<ScaleRounding>,
+
+    /// Quantization method.
+    #[arg(long, value_enum, default_value_t = Method::Nearest)]
+    method: Method,
+
+    /// How elements are rounded; stochastic is for experiments.
+    #[arg(long, value_enum, default_value_t = Rounding::Nearest)]
+    element_rounding: Rounding,
+
+    /// Seed of stochastic rounding.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+
+    /// Tensor names and JSON: compressed-tensors, quark or ocp-mx [default: by format].
+    #[arg(long)]
+    layout: Option<Dialect>,
+
+    /// Largest safetensors file, as in 5GB or 512MiB.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    max_shard_size: u64,
+
+    /// Worker threads [default: all cores].
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+
+    /// Print what would be done; write nothing.
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Write the report, with every tensor, as JSON.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+
+    /// Replace an existing checkpoint.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Method {
+    /// Direct cast.
+    Nearest,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Rounding {
+    /// To the nearest value, ties to even.
+    Nearest,
+    /// Up or down with probability by distance.
+    Stochastic,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub(crate) enum Invocation {
+    /// Convert a checkpoint.
+    Convert {
+        /// What and how.
+        options: Box<Options>,
+        /// Where to write the report.
+        report: Option<PathBuf>,
+    },
+    /// Say what a checkpoint holds.
+    Inspect {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// As JSON.
+        json: bool,
+    },
+}
+
+impl Cli {
+    /// Parses the process's arguments. What is wrong with them is one line, as for every other error.
+    pub(crate) fn invocation() -> Result<Invocation, ExitCode> {
+        match Self::try_parse() {
+            Ok(cli) => Ok(cli.into_invocation()),
+            Err(error) if error.use_stderr() => {
+                let text = error.to_string();
+                // The first paragraph says what is wrong; usage hints follow.
+                let paragraph = text.split("\n\n").next().unwrap_or_default();
+                let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+                let _ = writeln!(std::io::stderr(), "{line}");
+                Err(ExitCode::FAILURE)
+            }
+            Err(help) => {
+                let _ = help.print();
+                Err(ExitCode::SUCCESS)
+            }
+        }
+    }
+
+    fn into_invocation(self) -> Invocation {
+        if let Some(Command::Inspect { dir, json }) = self.command {
+            return Invocation::Inspect { dir, json };
+        }
+        let args = self.convert.expect("clap requires MODEL and --format without a subcommand");
+        let (name, scheme) = args.format;
+        let recipe = Recipe {
+            scheme,
+            layers: args.layer,
+            exclude: args.exclude,
+            scale_rounding: args.scale_rounding,
+            activation_scale_rounding: args.activation_scale_rounding,
+        };
+        let output = args.output.unwrap_or_else(|| default_output(&args.model, &name));
+        let Method::Nearest = args.method;
+        let mut options = Options {
+            element_rounding: match args.element_rounding {
+                Rounding::Nearest => ElementRounding::NearestEven,
+                Rounding::Stochastic => ElementRounding::Stochastic { seed: args.seed },
+            },
+            layout: args.layout,
+            max_shard_bytes: args.max_shard_size,
+            force: args.force,
+            dry_run: args.dry_run,
+            ..Options::new(args.model, output, recipe)
+        };
+        if let Some(threads) = args.threads {
+            options.threads = threads;
+        }
+        Invocation::Convert { options: Box::new(options), report: args.report }
+    }
+}
+
+/// A scheme, and the name it was given by.
+fn format(name: &str) -> Result<(String, Scheme), String> {
+    name.parse().map(|scheme| (name.to_owned(), scheme)).map_err(|e| format!("{e}"))
+}
+
+fn layer(text: &str) -> Result<(ModulePattern, Scheme), String> {
+    // The last '=': regular expressions may hold others.
+    let (pattern, format) = text.rsplit_once('=').ok_or("PATTERN=FORMAT is expected")?;
+    let pattern: ModulePattern = pattern.parse().map_err(|e| format!("{e}"))?;
+    let scheme: Scheme = format.parse().map_err(|e| format!("{e}"))?;
+    Ok((pattern, scheme))
+}
+
+/// Bytes: a number and kB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => return Err(format!("unknown unit '{unit}'; known: B, kB, MB, GB, KiB, MiB, GiB")),
+    };
+    let number: u64 = number.parse().map_err(|_| "a number and a unit are expected, as in 5GB".to_owned())?;
+    number.checked_mul(factor).filter(|bytes| *bytes > 0).ok_or_else(|| "out of range".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("5GB"), Ok(5_000_000_000));
+        assert_eq!(size("512MiB"), Ok(512 << 20));
+        assert_eq!(size("100"), Ok(100));
+        for bad in ["GB", "5XB", "0", "99999999999GB", "-1"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn layers_split_at_the_last_equals_sign() {
+        let (pattern, scheme) = layer("re:.*(?<name>a=b)=w4a6").unwrap();
+        assert_eq!(
+            (pattern.as_str(), scheme.to_string().as_str()),
+            ("re:.*(?<name>a=b)", "mxfp4:mxfp6_e2m3")
+        );
+        assert!(layer("lm_head").unwrap_err().contains("PATTERN=FORMAT"));
+        assert!(layer("lm_head=mxfp5").unwrap_err().contains("mxfp5"));
+    }
+
+    #[test]
+    fn a_model_or_inspect() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["mxconvert"], args].concat());
+        assert!(parse(&["model", "--format", "mxfp4"]).is_ok());
+        assert!(parse(&["inspect", "dir", "--json"]).is_ok());
+        assert!(parse(&["model"]).is_err());
+        assert!(parse(&["model", "--format", "mxfp5"]).unwrap_err().to_string().contains("mxfp5"));
+        assert!(parse(&["model", "--format", "mxfp4", "--method", "gptq"]).is_err());
+    }
+}
