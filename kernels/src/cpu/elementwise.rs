@@ -2,14 +2,18 @@
 
 use super::simd::{LANES, Lanes, dispatch};
 
-/// Calls `f` with each whole vector of a row, and once more with the padded rest: (index, lanes in use).
-#[inline(always)]
-fn for_vectors(width: usize, mut f: impl FnMut(usize, usize)) {
-    let mut i = 0;
-    while i < width {
-        f(i, LANES.min(width - i));
-        i += LANES;
-    }
+/// Runs the body for each vector of a row: its first index, and the lanes in use (fewer at the end). A macro, since a
+/// closure that is not inlined would lose the instruction set.
+macro_rules! for_vectors {
+    ($width:expr, |$i:ident, $lanes:ident| $body:block) => {
+        let width = $width;
+        let mut $i = 0;
+        while $i < width {
+            let $lanes = LANES.min(width - $i);
+            $body
+            $i += LANES;
+        }
+    };
 }
 
 /// The lanes of `row[i..]`, zero past its end.
@@ -43,7 +47,7 @@ unsafe fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
     // SAFETY: the caller's conditions.
     unsafe {
         let mut squares = L::splat(0.0);
-        for_vectors(x.len(), |i, lanes| {
+        for_vectors!(x.len(), |i, lanes| {
             let v = load::<L>(x, i, lanes);
             squares = v.mul_add(v, squares);
         });
@@ -56,7 +60,7 @@ unsafe fn rms_norm_row<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut 
     // SAFETY: the caller's conditions.
     unsafe {
         let scale = L::splat(inverse_rms::<L>(x, eps));
-        for_vectors(x.len(), |i, lanes| {
+        for_vectors!(x.len(), |i, lanes| {
             let y = load::<L>(x, i, lanes).mul(scale).mul(load::<L>(weight, i, lanes));
             store(y, out, i, lanes);
         });
@@ -73,7 +77,7 @@ unsafe fn add_rms_norm_row<L: Lanes>(
 ) {
     // SAFETY: the caller's conditions.
     unsafe {
-        for_vectors(delta.len(), |i, lanes| {
+        for_vectors!(delta.len(), |i, lanes| {
             let sum = load::<L>(residual, i, lanes).add(load::<L>(delta, i, lanes));
             store(sum, residual, i, lanes);
         });
@@ -86,7 +90,7 @@ unsafe fn head_norm_in_place<L: Lanes>(x: &mut [f32], weight: &[f32], eps: f32) 
     // SAFETY: the caller's conditions.
     unsafe {
         let scale = L::splat(inverse_rms::<L>(x, eps));
-        for_vectors(x.len(), |i, lanes| {
+        for_vectors!(x.len(), |i, lanes| {
             let y = load::<L>(x, i, lanes).mul(scale).mul(load::<L>(weight, i, lanes));
             store(y, x, i, lanes);
         });
@@ -98,7 +102,7 @@ unsafe fn silu_mul_row<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     // SAFETY: the caller's conditions.
     unsafe {
         let (zero, one) = (L::splat(0.0), L::splat(1.0));
-        for_vectors(out.len(), |i, lanes| {
+        for_vectors!(out.len(), |i, lanes| {
             let g = load::<L>(gate, i, lanes);
             let silu = g.div(one.add(zero.sub(g).exp()));
             store(silu.mul(load::<L>(up, i, lanes)), out, i, lanes);
@@ -111,7 +115,7 @@ unsafe fn rotate_head<L: Lanes>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = head.split_at_mut(cos.len());
     // SAFETY: the caller's conditions.
     unsafe {
-        for_vectors(cos.len(), |i, lanes| {
+        for_vectors!(cos.len(), |i, lanes| {
             let (a, b) = (load::<L>(first, i, lanes), load::<L>(second, i, lanes));
             let (c, s) = (load::<L>(cos, i, lanes), load::<L>(sin, i, lanes));
             store(a.mul(c).sub(b.mul(s)), first, i, lanes);

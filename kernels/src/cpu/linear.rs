@@ -75,7 +75,7 @@ impl Codec for Sextets<'_> {
     }
 }
 
-/// Codecs with one lane vector per element.
+/// Codecs with one lane vector per element. No closure: one that is not inlined would lose the instruction set.
 macro_rules! element_codec {
     ($codec:ty, $bytes:literal, |$self:ident, $p:ident| $decode:expr) => {
         impl Codec for $codec {
@@ -84,11 +84,12 @@ macro_rules! element_codec {
                 let $self = self;
                 // SAFETY: elements 4q .. 4q+4 of sixteen rows.
                 unsafe {
-                    let at = |j: usize| {
+                    let mut quad = [L::splat(0.0); 4];
+                    for (j, out) in quad.iter_mut().enumerate() {
                         let $p = block.add((4 * q + j) * LANES * $bytes);
-                        $decode
-                    };
-                    [at(0), at(1), at(2), at(3)]
+                        *out = $decode;
+                    }
+                    quad
                 }
             }
         }
@@ -173,13 +174,12 @@ impl Problem<'_> {
     }
 }
 
-/// `G` row groups from `group` for `T` tokens from `token`, weights decoded in registers.
+/// `G` row groups from `group` for all `T` tokens, weights decoded in registers.
 #[inline(always)]
 unsafe fn stream<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T: usize>(
     p: &Problem<'_>,
     codec: C,
     group: usize,
-    token: usize,
 ) {
     // SAFETY: the caller's groups and tokens are inside the problem.
     unsafe {
@@ -191,7 +191,7 @@ unsafe fn stream<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T
                     let w = codec.quad::<L>(p.block_ptr(group + g, b), q);
                     for (j, w) in w.into_iter().enumerate() {
                         for t in 0..T {
-                            let x = *p.x.add((token + t) * p.x_stride + b * BLOCK + 4 * q + j);
+                            let x = *p.x.add(t * p.x_stride + b * BLOCK + 4 * q + j);
                             s[g][t] = w.mul_add(L::splat(x), s[g][t]);
                         }
                     }
@@ -205,15 +205,15 @@ unsafe fn stream<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T
         }
         for g in 0..G {
             for t in 0..T {
-                p.finish(group + g, token + t, total[g][t]);
+                p.finish(group + g, t, total[g][t]);
             }
         }
     }
 }
 
-/// Row groups `from..to` for a few tokens.
+/// Row groups `from..to` for `T` tokens, `G` at a time.
 #[inline(always)]
-unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool>(
+unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T: usize>(
     p: &Problem<'_>,
     codec: C,
     from: usize,
@@ -222,23 +222,13 @@ unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool>(
     // SAFETY: the caller's groups are inside the weight.
     unsafe {
         let mut group = from;
-        match p.tokens {
-            1 => {
-                while group + STREAM_GROUPS <= to {
-                    stream::<L, C, SCALED, STREAM_GROUPS, 1>(p, codec, group, 0);
-                    group += STREAM_GROUPS;
-                }
-                (group..to).for_each(|g| stream::<L, C, SCALED, 1, 1>(p, codec, g, 0));
-            }
-            2 => {
-                while group + 2 <= to {
-                    stream::<L, C, SCALED, 2, 2>(p, codec, group, 0);
-                    group += 2;
-                }
-                (group..to).for_each(|g| stream::<L, C, SCALED, 1, 2>(p, codec, g, 0));
-            }
-            3 => (from..to).for_each(|g| stream::<L, C, SCALED, 1, 3>(p, codec, g, 0)),
-            _ => (from..to).for_each(|g| stream::<L, C, SCALED, 1, 4>(p, codec, g, 0)),
+        while group + G <= to {
+            stream::<L, C, SCALED, G, T>(p, codec, group);
+            group += G;
+        }
+        while group < to {
+            stream::<L, C, SCALED, 1, T>(p, codec, group);
+            group += 1;
         }
     }
 }
@@ -386,8 +376,13 @@ struct Part {
 unsafe fn run_codec<L: Lanes, C: Codec, const SCALED: bool>(p: &Problem<'_>, codec: C, part: Part) {
     // SAFETY: the caller's part is inside the problem.
     unsafe {
-        if p.tokens <= STREAM_ROWS {
-            return stream_groups::<L, C, SCALED>(p, codec, part.from, part.to);
+        let Part { from, to, .. } = part;
+        match p.tokens {
+            1 => return stream_groups::<L, C, SCALED, STREAM_GROUPS, 1>(p, codec, from, to),
+            2 => return stream_groups::<L, C, SCALED, 2, 2>(p, codec, from, to),
+            3 => return stream_groups::<L, C, SCALED, 1, 3>(p, codec, from, to),
+            STREAM_ROWS => return stream_groups::<L, C, SCALED, 1, STREAM_ROWS>(p, codec, from, to),
+            _ => {}
         }
         let mut group = part.from;
         while group + TILE_GROUPS <= part.to {

@@ -385,6 +385,25 @@ pub(crate) mod x86 {
         }
     }
 
+    // Helpers are functions, not closures: a closure that is not inlined would lose the instruction set.
+    impl Avx512 {
+        /// Sign-magnitude codes: bits 0..=3 from `low`, 4 (magnitude) and 5 (sign) from `high`.
+        #[inline(always)]
+        unsafe fn sextet(low: __m512i, high: __m512i, t0: __m512, t1: __m512) -> Self {
+            unsafe {
+                // (low & 15) | (high & !15); the lookup takes bits 0..=4.
+                let code = _mm512_ternarylogic_epi32::<0xCA>(_mm512_set1_epi32(15), low, high);
+                let magnitude = _mm512_permutex2var_ps(t0, code, t1);
+                // magnitude ^ (sign & top bit)
+                Self(_mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0x78>(
+                    _mm512_castps_si512(magnitude),
+                    _mm512_slli_epi32::<26>(code),
+                    _mm512_set1_epi32(i32::MIN),
+                )))
+            }
+        }
+    }
+
     impl Lanes for Avx512 {
         const REGISTERS: usize = 32;
 
@@ -438,8 +457,9 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn keep(self, from: usize, to: usize, fill: f32) -> Self {
-            let below = |n: usize| ((1u32 << n.min(LANES)) - 1) as u16;
-            Self(unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), below(to) & !below(from), self.0) })
+            let (below_to, below_from) = ((1u32 << to.min(LANES)) - 1, (1u32 << from.min(LANES)) - 1);
+            let inside = (below_to & !below_from) as u16;
+            Self(unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), inside, self.0) })
         }
         #[inline(always)]
         unsafe fn from_bf16(p: *const u16) -> Self {
@@ -505,24 +525,11 @@ pub(crate) mod x86 {
                 // Bits 4 and 5 of the shifted word are pair j; then a rotation brings pair j + 1 there.
                 let high =
                     if half == 0 { _mm512_slli_epi32::<4>(high) } else { _mm512_srli_epi32::<4>(high) };
-                let one = |low: __m512i, high: __m512i| {
-                    let nibble = _mm512_set1_epi32(15);
-                    // (low & 15) | (high & !15): the lookup takes bits 0..=4, the sign is bit 5.
-                    let code = _mm512_ternarylogic_epi32::<0xCA>(nibble, low, high);
-                    let magnitude = _mm512_permutex2var_ps(t0, code, t1);
-                    let sign = _mm512_slli_epi32::<26>(code);
-                    // magnitude ^ (sign & top bit)
-                    Self(_mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0x78>(
-                        _mm512_castps_si512(magnitude),
-                        sign,
-                        _mm512_set1_epi32(i32::MIN),
-                    )))
-                };
                 [
-                    one(low, high),
-                    one(_mm512_srli_epi32::<4>(low), _mm512_srli_epi32::<2>(high)),
-                    one(_mm512_srli_epi32::<8>(low), _mm512_srli_epi32::<4>(high)),
-                    one(_mm512_srli_epi32::<12>(low), _mm512_srli_epi32::<6>(high)),
+                    Self::sextet(low, high, t0, t1),
+                    Self::sextet(_mm512_srli_epi32::<4>(low), _mm512_srli_epi32::<2>(high), t0, t1),
+                    Self::sextet(_mm512_srli_epi32::<8>(low), _mm512_srli_epi32::<4>(high), t0, t1),
+                    Self::sextet(_mm512_srli_epi32::<12>(low), _mm512_srli_epi32::<6>(high), t0, t1),
                 ]
             }
         }
@@ -540,6 +547,58 @@ pub(crate) mod x86 {
                     _mm256_cvtph_ps(_mm256_castsi256_si128(h)),
                     _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(h)),
                 )
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn pow2(n: __m256) -> __m256 {
+            unsafe {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn keep_half(v: __m256, first: i32, from: usize, to: usize, fill: f32) -> __m256 {
+            unsafe {
+                let lane =
+                    _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+                let before = _mm256_cmpgt_epi32(_mm256_set1_epi32(from.min(LANES) as i32), lane);
+                let inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(to.min(LANES) as i32), lane);
+                let inside = _mm256_castsi256_ps(_mm256_andnot_si256(before, inside));
+                _mm256_blendv_ps(_mm256_set1_ps(fill), v, inside)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn bf16_half(p: *const u16) -> __m256 {
+            unsafe {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn e8m0_half(p: *const u8) -> __m256 {
+            unsafe {
+                let byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+                let zero = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());
+                let nan = _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255));
+                let v = _mm256_slli_epi32::<23>(byte);
+                let v = _mm256_blendv_epi8(v, _mm256_set1_epi32(1 << 22), zero);
+                _mm256_castsi256_ps(_mm256_blendv_epi8(v, _mm256_set1_epi32(0x7FC0_0000), nan))
+            }
+        }
+
+        /// Codes: bits 0..=3 from `low`, 4 and 5 from `high`.
+        #[inline(always)]
+        unsafe fn sextet(low: __m256i, high: __m256i, fields: HalfFields) -> Self {
+            unsafe {
+                let code = _mm256_or_si256(
+                    _mm256_and_si256(low, _mm256_set1_epi16(15)),
+                    _mm256_and_si256(high, _mm256_set1_epi16(0x30)),
+                );
+                Self::from_halves(place_fields(code, fields)).mul(Self::splat(fields.factor))
             }
         }
 
@@ -618,39 +677,17 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn mul_pow2(self, n: Self) -> Self {
-            unsafe {
-                let power = |n: __m256| {
-                    let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-                };
-                Self(_mm256_mul_ps(self.0, power(n.0)), _mm256_mul_ps(self.1, power(n.1)))
-            }
+            unsafe { Self(_mm256_mul_ps(self.0, Self::pow2(n.0)), _mm256_mul_ps(self.1, Self::pow2(n.1))) }
         }
         #[inline(always)]
         unsafe fn keep(self, from: usize, to: usize, fill: f32) -> Self {
             unsafe {
-                let fill = _mm256_set1_ps(fill);
-                let half = |v: __m256, first: i32| {
-                    let lane =
-                        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
-                    let from = _mm256_set1_epi32(from.min(LANES) as i32);
-                    let to = _mm256_set1_epi32(to.min(LANES) as i32);
-                    let inside =
-                        _mm256_andnot_si256(_mm256_cmpgt_epi32(from, lane), _mm256_cmpgt_epi32(to, lane));
-                    _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(inside))
-                };
-                Self(half(self.0, 0), half(self.1, 8))
+                Self(Self::keep_half(self.0, 0, from, to, fill), Self::keep_half(self.1, 8, from, to, fill))
             }
         }
         #[inline(always)]
         unsafe fn from_bf16(p: *const u16) -> Self {
-            unsafe {
-                let half = |p: *const u16| {
-                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                };
-                Self(half(p), half(p.add(8)))
-            }
+            unsafe { Self(Self::bf16_half(p), Self::bf16_half(p.add(8))) }
         }
         #[inline(always)]
         unsafe fn from_f16(p: *const u16) -> Self {
@@ -659,23 +696,15 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn from_i8(p: *const u8) -> Self {
             unsafe {
-                let half = |p: *const u8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
-                Self(half(p), half(p.add(8)))
+                Self(
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+                )
             }
         }
         #[inline(always)]
         unsafe fn from_e8m0(p: *const u8) -> Self {
-            unsafe {
-                let half = |p: *const u8| {
-                    let byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
-                    let zero = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());
-                    let nan = _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255));
-                    let v = _mm256_slli_epi32::<23>(byte);
-                    let v = _mm256_blendv_epi8(v, _mm256_set1_epi32(1 << 22), zero);
-                    _mm256_castsi256_ps(_mm256_blendv_epi8(v, _mm256_set1_epi32(0x7FC0_0000), nan))
-                };
-                Self(half(p), half(p.add(8)))
-            }
+            unsafe { Self(Self::e8m0_half(p), Self::e8m0_half(p.add(8))) }
         }
         #[inline(always)]
         unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self {
@@ -689,13 +718,15 @@ pub(crate) mod x86 {
             unsafe {
                 let lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
                 let hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
-                let one = |lo, hi| Self(Self::lookup16(lo, table), Self::lookup16(hi, table));
-                [
-                    one(lo, hi),
-                    one(_mm256_srli_epi32::<4>(lo), _mm256_srli_epi32::<4>(hi)),
-                    one(_mm256_srli_epi32::<8>(lo), _mm256_srli_epi32::<8>(hi)),
-                    one(_mm256_srli_epi32::<12>(lo), _mm256_srli_epi32::<12>(hi)),
-                ]
+                let mut quad = [Self::splat(0.0); 4];
+                for (j, out) in quad.iter_mut().enumerate() {
+                    let shift = _mm_cvtsi32_si128(4 * j as i32);
+                    *out = Self(
+                        Self::lookup16(_mm256_srl_epi32(lo, shift), table),
+                        Self::lookup16(_mm256_srl_epi32(hi, shift), table),
+                    );
+                }
+                quad
             }
         }
         #[inline(always)]
@@ -711,18 +742,11 @@ pub(crate) mod x86 {
                 let high = _mm256_loadu_si256(high.cast());
                 let high =
                     if half == 0 { _mm256_slli_epi16::<4>(high) } else { _mm256_srli_epi16::<4>(high) };
-                let one = |low: __m256i, high: __m256i| {
-                    let code = _mm256_or_si256(
-                        _mm256_and_si256(low, _mm256_set1_epi16(15)),
-                        _mm256_and_si256(high, _mm256_set1_epi16(0x30)),
-                    );
-                    Self::from_halves(place_fields(code, fields)).mul(Self::splat(fields.factor))
-                };
                 [
-                    one(low, high),
-                    one(_mm256_srli_epi16::<4>(low), _mm256_srli_epi16::<2>(high)),
-                    one(_mm256_srli_epi16::<8>(low), _mm256_srli_epi16::<4>(high)),
-                    one(_mm256_srli_epi16::<12>(low), _mm256_srli_epi16::<6>(high)),
+                    Self::sextet(low, high, fields),
+                    Self::sextet(_mm256_srli_epi16::<4>(low), _mm256_srli_epi16::<2>(high), fields),
+                    Self::sextet(_mm256_srli_epi16::<8>(low), _mm256_srli_epi16::<4>(high), fields),
+                    Self::sextet(_mm256_srli_epi16::<12>(low), _mm256_srli_epi16::<6>(high), fields),
                 ]
             }
         }
