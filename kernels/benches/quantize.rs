@@ -4,7 +4,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kernels::mx::{
-    Cast, ElementRounding, ElementType, MxFormat, MxTensor, ScaleRounding, Values, quantize_dequantize, quantize_rows,
+    Cast, ElementRounding, ElementType, MxFormat, MxTensor, ScaleRounding, Values, quantize_dequantize,
+    quantize_rows,
 };
 
 /// 2 MiB of BF16: larger than the first-level caches, as a weight matrix is.
@@ -52,7 +53,14 @@ fn benches(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new(cast.format.to_string(), cast.scale_rounding), |b| {
             b.iter(|| {
                 let values = Values::Bf16(&bf16);
-                quantize_rows(cast, ElementRounding::Stochastic { seed: 1 }, values, 0, &mut codes, &mut scales)
+                quantize_rows(
+                    cast,
+                    ElementRounding::Stochastic { seed: 1 },
+                    values,
+                    0,
+                    &mut codes,
+                    &mut scales,
+                )
             });
         });
     }
@@ -75,7 +83,8 @@ fn benches(c: &mut Criterion) {
         let mut codes = vec![0; cast.format.code_bytes(ROW)];
         let mut scales = vec![0; cast.format.scale_bytes(ROW)];
         let values = Values::Bf16(&bf16[..2 * ROW]);
-        quantize_rows(cast, ElementRounding::NearestEven, values, 0, &mut codes, &mut scales).expect("finite weights");
+        quantize_rows(cast, ElementRounding::NearestEven, values, 0, &mut codes, &mut scales)
+            .expect("finite weights");
         let tensor = MxTensor::new(cast.format, [1, ROW], &codes, &scales).expect("sizes of the format");
         let mut out = vec![0.0; ROW];
         group.bench_function(cast.format.to_string(), |b| b.iter(|| tensor.dequantize_row(0, &mut out)));

@@ -14,6 +14,9 @@ const INFINITY: u32 = 0x7f80_0000;
 /// Sums are kept in this many lanes, whatever the vector width, so that every instruction set adds in the same order.
 const LANES: usize = 8;
 
+/// Blocks whose energies are summed at once: few enough to stay in the first-level cache.
+const TILE: usize = 8;
+
 /// Work on blocks, generic over block size and grid. `run` is `#[inline(always)]` in every implementation: the
 /// caller's instruction set reaches only what is inlined into it.
 pub(super) trait BlockLoop {
@@ -70,17 +73,16 @@ impl<G: Grid> BlockCast<G> {
         Some(if self.search { self.least_error(x, scale) } else { scale })
     }
 
-    /// [`ScaleRounding::Mse`]: the best of `start` and its two neighbours.
+    /// [`ScaleRounding::Mse`]: the best of `start` and its two neighbours within E8M0.
     #[inline(always)]
     fn least_error<const B: usize>(self, x: &[f32; B], start: E8m0) -> E8m0 {
         let y = scaled(x, start);
-        let mut best = (self.squared_error(&y, start, start), start);
-        // In this order and with `<`, `start` wins ties, then the lower one.
-        for shift in [-1, 1] {
-            let candidate = start.shifted(shift);
-            let error = self.squared_error(&y, start, candidate);
-            if error < best.0 {
-                best = (error, candidate);
+        let mut best = (f64::INFINITY, start);
+        for byte in start.shifted(-1).0..=start.shifted(1).0 {
+            let error = self.squared_error(&y, start, E8m0(byte));
+            // In ascending order this prefers `start`, then the lower one.
+            if error < best.0 || (error == best.0 && byte == start.0) {
+                best = (error, E8m0(byte));
             }
         }
         best.1
@@ -96,7 +98,7 @@ impl<G: Grid> BlockCast<G> {
         for (error, &y) in error.iter_mut().zip(y) {
             *error = y - self.grid.nearest(y * down).1 * up;
         }
-        sum_of_squares(&error)
+        SquareSum::of(&error).total()
     }
 
     /// Codes and grid values of `y`, a block in units of its scale.
@@ -127,16 +129,37 @@ fn scaled<const B: usize>(x: &[f32; B], scale: E8m0) -> [f32; B] {
     x.map(|x| x * reciprocal)
 }
 
-#[inline(always)]
-fn sum_of_squares<const B: usize>(x: &[f32; B]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    for x in x.as_chunks::<LANES>().0 {
-        for (lane, &x) in lanes.iter_mut().zip(x) {
-            *lane += f64::from(x) * f64::from(x);
+/// A sum of squares in the making: element `i` of a block goes to lane `i % LANES`.
+#[derive(Debug, Clone, Copy, Default)]
+struct SquareSum([f64; LANES]);
+
+impl SquareSum {
+    #[inline(always)]
+    fn of<const B: usize>(x: &[f32; B]) -> Self {
+        let mut lanes = [0.0; LANES];
+        for x in x.as_chunks::<LANES>().0 {
+            for (lane, &x) in lanes.iter_mut().zip(x) {
+                *lane += f64::from(x) * f64::from(x);
+            }
+        }
+        Self(lanes)
+    }
+
+    /// Adds blocks whose elements are in units of the square root of `units`.
+    #[inline(always)]
+    fn add<const B: usize>(&mut self, blocks: &[[f32; B]], units: &[f64]) {
+        for (block, unit) in blocks.iter().zip(units) {
+            for (lane, sum) in self.0.iter_mut().zip(Self::of(block).0) {
+                *lane += sum * unit;
+            }
         }
     }
-    let [a, b, c, d, e, f, g, h] = lanes;
-    ((a + e) + (c + g)) + ((b + f) + (d + h))
+
+    #[inline(always)]
+    fn total(self) -> f64 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
 }
 
 /// [`quantize_rows`](super::quantize_rows); the lengths have been checked.
@@ -153,31 +176,34 @@ impl BlockLoop for QuantizeRows<'_> {
 
     #[inline(always)]
     fn run<const B: usize, G: Grid>(self, cast: BlockCast<G>) -> Self::Output {
-        let mut energy = Energy::default();
+        let (mut signal, mut noise) = (SquareSum::default(), SquareSum::default());
+        // Energies are summed a tile at a time, in loops of their own: inside the loop over blocks the compiler pairs
+        // signal and noise lane by lane, at a quarter of the speed.
+        let (mut ys, mut errors, mut units) = ([[0.0; B]; TILE], [[0.0; B]; TILE], [0.0; TILE]);
         let code_bytes = B * cast.bits as usize / 8;
-        for (block, (packed, scale_byte)) in
-            self.codes.chunks_exact_mut(code_bytes).zip(self.scales).enumerate()
-        {
-            let first = block * B;
-            let first_index = self.first_index + first as u64;
-            let x: [f32; B] = load(self.values, first);
-            let Some(scale) = cast.scale(&x) else { return Err(NonFinite::find(&x, first_index)) };
-            let y = scaled(&x, scale);
-            let (codes, values) = match self.rounding {
-                ElementRounding::NearestEven => cast.nearest(&y),
-                ElementRounding::Stochastic { seed } => cast.stochastic(&y, Stream::new(seed), first_index),
-            };
-            let mut error = [0.0; B];
-            for ((error, y), value) in error.iter_mut().zip(&y).zip(&values) {
-                *error = y - value;
+        let tiles = self.codes.chunks_mut(TILE * code_bytes).zip(self.scales.chunks_mut(TILE));
+        for (tile, (codes, scales)) in tiles.enumerate() {
+            for (i, (packed, scale_byte)) in codes.chunks_exact_mut(code_bytes).zip(&mut *scales).enumerate() {
+                let first = (tile * TILE + i) * B;
+                let first_index = self.first_index + first as u64;
+                let x: [f32; B] = load(self.values, first);
+                let Some(scale) = cast.scale(&x) else { return Err(NonFinite::find(&x, first_index)) };
+                let y = scaled(&x, scale);
+                let (codes, values) = match self.rounding {
+                    ElementRounding::NearestEven => cast.nearest(&y),
+                    ElementRounding::Stochastic { seed } => cast.stochastic(&y, Stream::new(seed), first_index),
+                };
+                for ((error, y), value) in errors[i].iter_mut().zip(&y).zip(&values) {
+                    *error = y - value;
+                }
+                (ys[i], units[i]) = (y, scale.squared());
+                *scale_byte = scale.0;
+                pack(&codes, cast.bits, packed);
             }
-            let unit = scale.squared();
-            energy.signal += sum_of_squares(&y) * unit;
-            energy.noise += sum_of_squares(&error) * unit;
-            *scale_byte = scale.0;
-            pack(&codes, cast.bits, packed);
+            signal.add(&ys[..scales.len()], &units);
+            noise.add(&errors[..scales.len()], &units);
         }
-        Ok(energy)
+        Ok(Energy { signal: signal.total(), noise: noise.total() })
     }
 }
 
