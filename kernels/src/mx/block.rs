@@ -183,7 +183,8 @@ impl BlockLoop for QuantizeRows<'_> {
         let code_bytes = B * cast.bits as usize / 8;
         let tiles = self.codes.chunks_mut(TILE * code_bytes).zip(self.scales.chunks_mut(TILE));
         for (tile, (codes, scales)) in tiles.enumerate() {
-            for (i, (packed, scale_byte)) in codes.chunks_exact_mut(code_bytes).zip(&mut *scales).enumerate() {
+            for (i, (packed, scale_byte)) in codes.chunks_exact_mut(code_bytes).zip(&mut *scales).enumerate()
+            {
                 let first = (tile * TILE + i) * B;
                 let first_index = self.first_index + first as u64;
                 let x: [f32; B] = load(self.values, first);
@@ -191,7 +192,9 @@ impl BlockLoop for QuantizeRows<'_> {
                 let y = scaled(&x, scale);
                 let (codes, values) = match self.rounding {
                     ElementRounding::NearestEven => cast.nearest(&y),
-                    ElementRounding::Stochastic { seed } => cast.stochastic(&y, Stream::new(seed), first_index),
+                    ElementRounding::Stochastic { seed } => {
+                        cast.stochastic(&y, Stream::new(seed), first_index)
+                    }
                 };
                 for ((error, y), value) in errors[i].iter_mut().zip(&y).zip(&values) {
                     *error = y - value;

@@ -49,3 +49,17 @@ fn half_to_f32(half: u16) -> f32 {
     };
     f32::from_bits(bits | (half & 0x8000) << 16)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (actual, expected) = (half_to_f32(bits), half::f16::from_bits(bits).to_f32());
+            let same = actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan());
+            assert!(same, "{bits:#x}: {actual:e} instead of {expected:e}");
+        }
+    }
+}

@@ -11,6 +11,8 @@ mod quantize;
 mod random;
 mod scale;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use format::{Block, Cast, ElementSpec, ElementType, MxFormat, Scheme, Specials, UnknownName};
 pub use pack::{pack, unpack};
