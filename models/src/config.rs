@@ -122,11 +122,7 @@ impl ModelConfig {
     }
 }
 
-fn heads(
-    fields: &Fields<'_>,
-    hidden_size: usize,
-    default_dim: Option<usize>,
-) -> Result<Heads, ConfigError> {
+fn heads(fields: &Fields<'_>, hidden_size: usize, default_dim: Option<usize>) -> Result<Heads, ConfigError> {
     let q = fields.size("num_attention_heads")?;
     let q = fields.require("num_attention_heads", q)?;
     let kv = fields.size("num_key_value_heads")?.unwrap_or(q);
@@ -136,7 +132,11 @@ fn heads(
     let dim = match fields.size("head_dim")?.or(default_dim) {
         Some(dim) => dim,
         None if hidden_size.is_multiple_of(q) => hidden_size / q,
-        None => return Err(fields.invalid("num_attention_heads", format!("a divisor of hidden_size = {hidden_size}"))),
+        None => {
+            return Err(
+                fields.invalid("num_attention_heads", format!("a divisor of hidden_size = {hidden_size}"))
+            );
+        }
     };
     if !dim.is_multiple_of(2) {
         return Err(fields.invalid("head_dim", format!("even (it comes to {dim})")));

@@ -1,7 +1,9 @@
 //! The parts of a decoder layer. Each holds its weights and writes into the step's [`Workspace`].
 
 use kernels::mx::Scheme;
-use kernels::{Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, PagedKv, Weight, WeightSource};
+use kernels::{
+    Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, PagedKv, Weight, WeightSource,
+};
 
 use crate::checkpoint::{Checkpoint, LinearTensor};
 use crate::{ModelError, StepInputs, Workspace};
@@ -189,8 +191,7 @@ impl Attention {
     fn forward(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
         let (rows, heads) = (step.rows(), self.heads);
         self.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
-        let norm =
-            self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
+        let norm = self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
         backend.rope_and_cache(&mut ws.qkv, heads, &ws.rope, norm, &step.slots, rows, cache);
         let scale = (heads.dim as f32).sqrt().recip();
         let inputs = step.attention();

@@ -1,7 +1,7 @@
 //! What every model offers.
 
-use kernels::mx::Scheme;
 use kernels::Backend;
+use kernels::mx::Scheme;
 
 use crate::{KvCache, ModelConfig, StepInputs, Workspace};
 

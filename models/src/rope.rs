@@ -122,8 +122,7 @@ impl Stretch<'_> {
         if self.theta <= 1.0 {
             return Err(scaling.invalid("rope_theta", "above 1"));
         }
-        let factor =
-            scaling.positive("factor")?.unwrap_or(max_position_embeddings as f64 / original as f64);
+        let factor = scaling.positive("factor")?.unwrap_or(max_position_embeddings as f64 / original as f64);
         let ramp = self.yarn_ramp(original)?;
         let inv_freq: Vec<f64> = (self.base().into_iter().zip(ramp))
             .map(|(frequency, stretched)| frequency / factor * stretched + frequency * (1.0 - stretched))
@@ -139,14 +138,14 @@ impl Stretch<'_> {
     /// How far each pair is stretched, from 0 (not at all) to 1 (by the whole factor).
     fn yarn_ramp(&self, original: usize) -> Result<Vec<f64>, ConfigError> {
         let dim = self.head_dim as f64;
-        let pair_turning = |turns: f64| {
-            dim * (original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
-        };
+        let pair_turning =
+            |turns: f64| dim * (original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
         let beta = |field, default| {
             let value = self.scaling.non_negative(field)?;
             Ok::<f64, ConfigError>(value.filter(|&beta| beta > 0.0).unwrap_or(default))
         };
-        let (mut low, mut high) = (pair_turning(beta("beta_fast", 32.0)?), pair_turning(beta("beta_slow", 1.0)?));
+        let (mut low, mut high) =
+            (pair_turning(beta("beta_fast", 32.0)?), pair_turning(beta("beta_slow", 1.0)?));
         if self.scaling.flag("truncate", true)? {
             (low, high) = (low.floor(), high.ceil());
         }

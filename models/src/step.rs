@@ -90,7 +90,12 @@ impl StepInputs {
         self.staging.clear();
         for (index, sequence) in sequences.iter().enumerate() {
             let blocks = self.staging.push(sequence);
-            assert!(blocks.len() <= self.max_blocks, "{} blocks in a table of {}", blocks.len(), self.max_blocks);
+            assert!(
+                blocks.len() <= self.max_blocks,
+                "{} blocks in a table of {}",
+                blocks.len(),
+                self.max_blocks
+            );
             backend.write_u32(&mut self.block_tables, index * self.max_blocks, blocks);
         }
         let staging = &self.staging;

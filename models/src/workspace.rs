@@ -43,7 +43,8 @@ impl Workspace {
         max_tokens: usize,
         max_logit_rows: usize,
     ) -> kernels::Result<Self> {
-        let alloc = |dtype, rows: usize, width: usize| backend.alloc(dtype, rows * width, Component::Workspace);
+        let alloc =
+            |dtype, rows: usize, width: usize| backend.alloc(dtype, rows * width, Component::Workspace);
         let activations = |width| alloc(backend.activation_dtype(), max_tokens, width);
         Ok(Self {
             max_logit_rows,

@@ -48,7 +48,8 @@ fn both_forms_of_the_config_say_the_same() {
 
 #[test]
 fn without_scaling_the_frequencies_are_powers_of_theta() {
-    let config = json!({ "head_dim": 4, "max_position_embeddings": 16, "rope_theta": 100.0, "rope_scaling": null });
+    let config =
+        json!({ "head_dim": 4, "max_position_embeddings": 16, "rope_theta": 100.0, "rope_scaling": null });
     let rope = parse(&config).unwrap();
     assert_eq!(rope, Rope { inv_freq: vec![1.0, 0.1], factor: 1.0, max_positions: 16 });
     let config = json!({ "head_dim": 4, "max_position_embeddings": 16 });

@@ -7,6 +7,8 @@ use kernels::{Backend, Device, Dtype, KV_BLOCK_TOKENS};
 use models::checkpoint::Checkpoint;
 use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 use safetensors::SafeTensors;
+use serde_json::Value;
+use tempfile::TempDir;
 
 /// A file or folder of the repository's test data.
 pub(crate) fn data(path: &str) -> PathBuf {
@@ -42,6 +44,20 @@ impl Golden {
         cases.sort();
         cases
     }
+}
+
+/// A copy of a golden checkpoint with another `config.json`.
+pub(crate) fn with_config(case: &str, change: impl FnOnce(&mut Value)) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    let dir = data("golden/logits").join(case);
+    for entry in fs::read_dir(&dir).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let path = copy.path().join("config.json");
+    let mut config = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut config);
+    fs::write(path, config.to_string()).unwrap();
+    copy
 }
 
 /// A loaded model with everything that a step needs.
@@ -98,13 +114,26 @@ pub(crate) fn blocks(tokens: usize) -> Vec<u32> {
     (0..tokens.div_ceil(KV_BLOCK_TOKENS) as u32).collect()
 }
 
-/// The largest difference, in standard deviations of `expected`.
-pub(crate) fn max_error(actual: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(actual.len(), expected.len());
-    let n = expected.len() as f32;
-    let mean = expected.iter().sum::<f32>() / n;
-    let deviation = (expected.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
-    let errors = actual.iter().zip(expected).map(|(a, e)| (a - e).abs());
-    // NaN must fail, and f32::max ignores it.
-    errors.fold(0.0, |worst: f32, error| if error > worst || error.is_nan() { error } else { worst }) / deviation
+/// Differences between two sets of logits, in standard deviations of the expected ones.
+#[derive(Debug)]
+pub(crate) struct Errors {
+    /// The largest; NaN if any is.
+    pub(crate) max: f32,
+    /// Root mean square.
+    pub(crate) rms: f32,
+}
+
+impl Errors {
+    pub(crate) fn between(actual: &[f32], expected: &[f32]) -> Self {
+        assert_eq!(actual.len(), expected.len());
+        let n = expected.len() as f32;
+        let mean = expected.iter().sum::<f32>() / n;
+        let deviation = (expected.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
+        let errors = || actual.iter().zip(expected).map(|(a, e)| (a - e).abs() / deviation);
+        let worse = |worst: f32, error: f32| if error > worst || error.is_nan() { error } else { worst };
+        Self {
+            max: errors().fold(0.0, worse),
+            rms: (errors().map(|error| error * error).sum::<f32>() / n).sqrt(),
+        }
+    }
 }

@@ -1,27 +1,11 @@
 //! What loading checks, and what a loaded model reports.
 
-use std::fs;
 use std::path::Path;
 
-use crate::common::{Golden, Runner, data};
+use crate::common::{Golden, Runner, with_config};
 use kernels::{Component, Device, Dtype};
 use models::checkpoint::Checkpoint;
-use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A copy of a golden checkpoint with another `config.json`.
-fn with_config(case: &str, change: impl FnOnce(&mut Value)) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    let dir = data("golden/logits").join(case);
-    for entry in fs::read_dir(&dir).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
-    let path = copy.path().join("config.json");
-    let mut config = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-    change(&mut config);
-    fs::write(path, config.to_string()).unwrap();
-    copy
-}
+use serde_json::json;
 
 fn load_error(dir: &Path) -> String {
     let backend = kernels::open(Device::Cpu { threads: 1 }).unwrap();
@@ -89,8 +73,13 @@ fn parameters_and_bytes_are_counted() {
         assert_eq!(runner.model.parameters(), parameters, "{case}");
         let linears = runner.model.linear_info();
         let groups: Vec<_> = linears.iter().map(|row| (row.group.as_str(), row.layers)).collect();
-        let expected =
-            [("q_proj+k_proj+v_proj", 2), ("o_proj", 2), ("gate_proj+up_proj", 2), ("down_proj", 2), ("lm_head", 1)];
+        let expected = [
+            ("q_proj+k_proj+v_proj", 2),
+            ("o_proj", 2),
+            ("gate_proj+up_proj", 2),
+            ("down_proj", 2),
+            ("lm_head", 1),
+        ];
         assert_eq!(groups, expected, "{case}");
         assert!(linears.iter().all(|row| row.scheme.is_none() && row.bytes == 2 * row.parameters), "{case}");
         assert_eq!(linears.iter().map(|row| row.parameters).sum::<usize>() % 64, 0, "{case}");

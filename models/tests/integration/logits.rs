@@ -1,8 +1,10 @@
 //! Teacher-forced logits against Hugging Face Transformers, and that they do not depend on how the work is cut.
 
-use crate::common::{Golden, Runner, blocks, max_error};
 use kernels::Dtype;
 use models::StepSequence;
+use serde_json::json;
+
+use crate::common::{Errors, Golden, Runner, blocks, with_config};
 
 #[test]
 fn logits_match_transformers() {
@@ -11,12 +13,45 @@ fn logits_match_transformers() {
     for case in cases {
         let golden = Golden::read(&case);
         let table = blocks(golden.tokens.len());
-        for (kv_dtype, tolerance) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 0.05)] {
+        let errors = |kv_dtype| {
             let mut runner = Runner::load(&golden.dir, kv_dtype, table.len());
-            let logits = runner.sequence(&golden.tokens, golden.tokens.len(), &table);
-            let error = max_error(&logits, &golden.logits);
-            assert!(error <= tolerance, "{case}, {kv_dtype:?} cache: off by {error} standard deviations");
-        }
+            Errors::between(&runner.sequence(&golden.tokens, golden.tokens.len(), &table), &golden.logits)
+        };
+        let exact = errors(Dtype::F32);
+        assert!(exact.max <= 3e-5, "{case}, F32 cache: {exact:?}");
+        // Eight bits of keys and values, in the sharp attention of these models.
+        let rounded = errors(Dtype::Bf16);
+        assert!(rounded.rms <= 0.015, "{case}, BF16 cache: {rounded:?}");
+    }
+}
+
+#[test]
+fn the_logits_tell_what_the_config_says() {
+    let plain_rope = json!({ "rope_type": "default", "rope_theta": 10000.0 });
+    let quiet_yarn = json!({ "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 1.0,
+                             "original_max_position_embeddings": 32 });
+    for (case, field, value) in [
+        ("llama", "rms_norm_eps", json!(1e-3)),
+        ("llama", "rope_parameters", json!({ "rope_theta": 9000.0 })),
+        ("llama_biases", "attention_bias", json!(false)),
+        ("llama_biases", "mlp_bias", json!(false)),
+        ("llama_rope_linear", "rope_scaling", json!(null)),
+        ("llama_rope_llama3", "rope_scaling", json!(null)),
+        ("llama_rope_yarn", "rope_parameters", plain_rope),
+        ("llama_rope_yarn", "rope_parameters", quiet_yarn),
+        ("mistral_window", "sliding_window", json!(12)),
+        ("mistral_window", "sliding_window", json!(null)),
+        ("qwen2_window", "max_window_layers", json!(0)),
+        ("qwen2_window", "use_sliding_window", json!(false)),
+        ("qwen3", "architectures", json!(["LlamaForCausalLM"])),
+    ] {
+        let golden = Golden::read(case);
+        let table = blocks(golden.tokens.len());
+        let copy = with_config(case, |config| config[field] = value.clone());
+        let mut runner = Runner::load(copy.path(), Dtype::F32, table.len());
+        let logits = runner.sequence(&golden.tokens, golden.tokens.len(), &table);
+        let errors = Errors::between(&logits, &golden.logits);
+        assert!(errors.max > 3e-3, "{case} with {field} = {value} makes no difference: {errors:?}");
     }
 }
 

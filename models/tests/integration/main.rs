@@ -4,3 +4,4 @@ mod common;
 mod loading;
 mod logits;
 mod perplexity;
+mod quantized;

@@ -2,10 +2,13 @@
 
 use std::fs;
 
-use crate::common::{Runner, blocks, data};
 use kernels::Dtype;
-use serde_json::Value;
+use kernels::mx::{Cast, ElementType, MxFormat, Scheme};
+use serde::Deserialize;
 use tokenizers::Tokenizer;
+
+use crate::common::{Runner, blocks, data};
+use crate::quantized::{in_a_layer, quantize};
 
 const WINDOWS: usize = 10;
 const WINDOW: usize = 512;
@@ -33,21 +36,78 @@ fn nll(runner: &mut Runner, window: &[u32]) -> f64 {
     .sum()
 }
 
+/// A row of the reference.
+#[derive(Debug, Deserialize)]
+struct Reference {
+    weight: Option<String>,
+    activation: Option<String>,
+    scale_rounding: Option<String>,
+    perplexity: f64,
+    /// Of each window.
+    nll: Vec<f64>,
+}
+
+impl Reference {
+    fn read() -> Vec<Self> {
+        #[derive(Deserialize)]
+        struct File {
+            schemes: Vec<Reference>,
+        }
+        let text = fs::read_to_string(data("golden/ppl_rustdoc_6m.json")).unwrap();
+        serde_json::from_str::<File>(&text).unwrap().schemes
+    }
+
+    /// `None` for the unquantized model.
+    fn scheme(&self) -> Option<Scheme> {
+        let cast = |name: &String| Cast {
+            format: name.parse::<MxFormat>().unwrap(),
+            scale_rounding: self.scale_rounding.as_ref().unwrap().parse().unwrap(),
+        };
+        Some(Scheme {
+            weight: self.weight.as_ref().map(cast)?,
+            activation: self.activation.as_ref().map(cast),
+        })
+    }
+}
+
+fn perplexity(nll: &[f64]) -> f64 {
+    (nll.iter().sum::<f64>() / (nll.len() * (WINDOW - 1)) as f64).exp()
+}
+
 #[test]
 fn bf16_perplexity_is_the_reference() {
-    let golden = fs::read_to_string(data("golden/ppl_rustdoc_6m.json")).unwrap();
-    let golden: Value = serde_json::from_str(&golden).unwrap();
-    let reference = &golden["schemes"][0];
-    assert!(reference["weight"].is_null(), "the first row is BF16");
-
+    let reference = Reference::read().remove(0);
+    assert_eq!(reference.scheme(), None);
     let mut runner = Runner::load(&data("models/rustdoc-6m"), Dtype::F32, blocks(WINDOW).len());
-    let mut total = 0.0;
-    for (window, expected) in tokens().chunks(WINDOW).zip(reference["nll"].as_array().unwrap()) {
-        let (actual, expected) = (nll(&mut runner, window), expected.as_f64().unwrap());
+    let actual: Vec<_> = tokens().chunks(WINDOW).map(|window| nll(&mut runner, window)).collect();
+    for (actual, expected) in actual.iter().zip(&reference.nll) {
         assert!((actual - expected).abs() < 0.01, "window: {actual} nats, reference {expected}");
-        total += actual;
     }
-    let perplexity = (total / (WINDOWS * (WINDOW - 1)) as f64).exp();
-    let expected = reference["perplexity"].as_f64().unwrap();
-    assert!((perplexity / expected - 1.0).abs() < 0.002, "perplexity {perplexity}, reference {expected}");
+    let (actual, expected) = (perplexity(&actual), reference.perplexity);
+    assert!((actual / expected - 1.0).abs() < 1e-4, "perplexity {actual}, reference {expected}");
+}
+
+#[test]
+fn quantized_perplexities_are_the_reference() {
+    /// Windows per scheme, so that the whole table takes seconds.
+    const SOME: usize = 3;
+    let tokens = tokens();
+    let mut schemes = 0;
+    for reference in Reference::read() {
+        let Some(scheme) = reference.scheme() else { continue };
+        let dir = quantize(&data("models/rustdoc-6m"), |module| in_a_layer(module).then_some(scheme));
+        let mut runner = Runner::load(dir.path(), Dtype::F32, blocks(WINDOW).len());
+        let actual: Vec<_> =
+            tokens.chunks(WINDOW).take(SOME).map(|window| nll(&mut runner, window)).collect();
+        let off = perplexity(&actual) / perplexity(&reference.nll[..SOME]) - 1.0;
+        // Rounding activations turns differences in a sum's last bits into steps of the element's grid.
+        let tolerance = match scheme.activation {
+            None => 2e-6,
+            Some(cast) if cast.format.element == ElementType::E2m1 => 0.01,
+            Some(_) => 0.005,
+        };
+        assert!(off.abs() < tolerance, "{scheme}, {:?}: off by {off}", reference.scale_rounding);
+        schemes += 1;
+    }
+    assert_eq!(schemes, 36);
 }
