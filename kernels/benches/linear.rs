@@ -2,13 +2,28 @@
 //! (M = 512). `cargo bench -p kernels --bench linear -- FILTER`; MXSERVE_BENCH_THREADS sets the threads (default 1).
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kernels::mx::{Cast, ElementRounding, ElementType, MxFormat, MxTensor, Values, quantize_rows};
+use kernels::mx::{ElementRounding, MxTensor, Scheme, Values, quantize_rows};
 use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
 
 /// Matrices of one size are used in turn, so that weights come from memory as in a model.
 const ROTATED_BYTES: usize = 256 << 20;
 
-fn weight(backend: &dyn Backend, element: Option<ElementType>, shape: [usize; 2]) -> Weight {
+/// Schemes to measure; `bf16` is a dense weight.
+const SCHEMES: [&str; 11] = [
+    "bf16",
+    "mxint8",
+    "mxfp8",
+    "mxfp8_e5m2",
+    "mxfp6",
+    "mxfp6_e3m2",
+    "mxfp4",
+    "mxint8:mxint8",
+    "mxfp6:mxint8",
+    "mxfp4:mxint8",
+    "w4a6",
+];
+
+fn weight(backend: &dyn Backend, scheme: &str, shape: [usize; 2]) -> Weight {
     let mut state = 1_u32;
     let bytes: Vec<u8> = (0..shape[0] * shape[1])
         .flat_map(|_| {
@@ -17,32 +32,30 @@ fn weight(backend: &dyn Backend, element: Option<ElementType>, shape: [usize; 2]
             half::bf16::from_f32(value).to_le_bytes()
         })
         .collect();
-    let Some(element) = element else {
+    if scheme == "bf16" {
         let source = WeightSource::Dense { dtype: DenseDtype::Bf16, shape, bytes: &bytes };
         return backend.upload(&[source], None).expect("upload");
-    };
-    let format = MxFormat::new(element);
+    }
+    let Scheme { weight, activation } = scheme.parse().expect("a scheme");
+    let format = weight.format;
     let mut codes = vec![0; shape[0] * format.code_bytes(shape[1])];
     let mut scales = vec![0; shape[0] * format.scale_bytes(shape[1])];
-    let cast = Cast::from(format);
-    quantize_rows(cast, ElementRounding::NearestEven, Values::Bf16(&bytes), 0, &mut codes, &mut scales)
+    quantize_rows(weight, ElementRounding::NearestEven, Values::Bf16(&bytes), 0, &mut codes, &mut scales)
         .expect("finite");
     let tensor = MxTensor::new(format, shape, &codes, &scales).expect("sizes");
-    let source = WeightSource::Mx { tensor, weight: cast, activation: None };
+    let source = WeightSource::Mx { tensor, weight, activation };
     backend.upload(&[source], None).expect("upload")
 }
 
 fn linear(c: &mut Criterion) {
     let threads = std::env::var("MXSERVE_BENCH_THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(1);
     let backend = kernels::open(Device::Cpu { threads }).expect("the CPU is there");
-    let elements = ElementType::ALL.into_iter().map(Some).chain([None]);
     for shape in [[1536, 576], [4096, 4096]] {
-        for element in elements.clone() {
-            let name = element.map_or("bf16", |e| e.spec().name);
-            let one = weight(&*backend, element, shape);
+        for name in SCHEMES {
+            let one = weight(&*backend, name, shape);
             let count = (ROTATED_BYTES / one.bytes()).clamp(1, 32);
             let weights: Vec<Weight> =
-                std::iter::once(one).chain((1..count).map(|_| weight(&*backend, element, shape))).collect();
+                std::iter::once(one).chain((1..count).map(|_| weight(&*backend, name, shape))).collect();
             for rows in [1, 4, 16, 512] {
                 if rows > 16 && shape[0] > 2048 {
                     continue;

@@ -44,7 +44,7 @@ trait Codec: Copy {
 #[derive(Clone, Copy)]
 struct Nibbles<'a>(&'a [f32; 16]);
 #[derive(Clone, Copy)]
-struct Sextets<'a>(super::simd::HalfFields, &'a [f32; 32]);
+struct Sextets<'a>(&'a [f32; 32]);
 #[derive(Clone, Copy)]
 struct Fp8(super::simd::HalfFields);
 #[derive(Clone, Copy)]
@@ -59,18 +59,30 @@ struct F32;
 impl Codec for Nibbles<'_> {
     #[inline(always)]
     unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
-        // SAFETY: word q of the block.
-        unsafe { L::from_nibbles(block.cast::<u16>().add(q * LANES), self.0) }
+        // SAFETY: words q / 2 of the block's rows.
+        unsafe { L::from_nibbles(block.cast::<u32>().add(q / 2 * LANES), q % 2, self.0) }
     }
 }
 
 impl Codec for Sextets<'_> {
     #[inline(always)]
     unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
-        let words = block.cast::<u16>();
-        // SAFETY: low word q, and upper word q / 2 behind the eight low ones.
+        let words = block.cast::<u32>();
+        // SAFETY: low words q / 2, and upper words q / 4 behind the four low ones.
         unsafe {
-            L::from_sextets(words.add(q * LANES), words.add((8 + q / 2) * LANES), q % 2, self.0, self.1)
+            let (low, high) = (words.add(q / 2 * LANES), words.add((4 + q / 4) * LANES));
+            L::from_sextets(low, q % 2, high, q % 4, self.0)
+        }
+    }
+}
+
+impl Codec for Int8 {
+    #[inline(always)]
+    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
+        // SAFETY: words q of the block's rows.
+        unsafe {
+            let words = block.cast::<u32>().add(q * LANES);
+            [L::from_i8(words, 0), L::from_i8(words, 1), L::from_i8(words, 2), L::from_i8(words, 3)]
         }
     }
 }
@@ -96,7 +108,6 @@ macro_rules! element_codec {
     };
 }
 element_codec!(Fp8, 1, |codec, p| L::from_fp8(p, codec.0));
-element_codec!(Int8, 1, |_codec, p| L::from_i8(p));
 element_codec!(Bf16, 2, |_codec, p| L::from_bf16(p.cast()));
 element_codec!(F16, 2, |_codec, p| L::from_f16(p.cast()));
 element_codec!(F32, 4, |_codec, p| L::load(p.cast()));
@@ -401,7 +412,7 @@ unsafe fn run_part<L: Lanes>(p: &Problem<'_>, part: Part) {
     unsafe {
         match &p.weight.storage {
             Storage::Nibbles(table) => run_codec::<L, _, true>(p, Nibbles(table), part),
-            Storage::Sextets(fields, table) => run_codec::<L, _, true>(p, Sextets(*fields, table), part),
+            Storage::Sextets(table) => run_codec::<L, _, true>(p, Sextets(table), part),
             Storage::Fp8(fields) => run_codec::<L, _, true>(p, Fp8(*fields), part),
             Storage::Int8 { .. } => run_codec::<L, _, true>(p, Int8, part),
             Storage::Dense(DenseDtype::Bf16) => run_codec::<L, _, false>(p, Bf16, part),

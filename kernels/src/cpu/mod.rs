@@ -2,6 +2,8 @@
 
 mod attention;
 mod elementwise;
+#[cfg(target_arch = "x86_64")]
+mod integer;
 mod linear;
 mod packed;
 mod pool;
@@ -43,6 +45,8 @@ pub(crate) struct CpuBackend {
 struct State {
     pool: Pool,
     linear: Scratch,
+    #[cfg(target_arch = "x86_64")]
+    integer: integer::IntegerScratch,
     /// Inputs of a linear layer, quantized as its scheme declares or padded to whole blocks.
     input: Scratch,
     /// Scores, per thread.
@@ -62,6 +66,8 @@ impl CpuBackend {
         let state = RefCell::new(State {
             pool: Pool::new(threads),
             linear: Scratch::new(&memory),
+            #[cfg(target_arch = "x86_64")]
+            integer: integer::IntegerScratch::new(&memory),
             input: Scratch::new(&memory),
             scores: Scratch::new(&memory),
             weights: Scratch::new(&memory),
@@ -137,7 +143,12 @@ impl Backend for CpuBackend {
 
     fn linear_kernel(&self, scheme: Option<Scheme>) -> String {
         let codec = scheme.map_or("dense", |s| s.weight.format.element.spec().name);
-        format!("cpu_{}_{codec}_f32", self.isa.name())
+        let isa = self.isa.name();
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512 && scheme.and_then(integer::IntegerCodec::for_scheme).is_some() {
+            return format!("cpu_{isa}vnni_{codec}_int8");
+        }
+        format!("cpu_{isa}_{codec}_f32")
     }
 
     fn memory(&self) -> &Arc<MemoryAccount> {
@@ -301,6 +312,13 @@ impl Backend for CpuBackend {
         let weight = packed(weight);
         let cols = weight.shape[1];
         let padded = cols.next_multiple_of(BLOCK);
+        #[cfg(target_arch = "x86_64")]
+        if let (Isa::Avx512, Some(codec), Some(activation)) = (self.isa, &weight.integer, activation) {
+            let State { pool, integer, .. } = &mut *self.state.borrow_mut();
+            let out = floats_mut(out);
+            integer::linear(pool, integer, weight, codec, activation, bias, x, rows, out, columns);
+            return;
+        }
         let State { pool, linear: scratch, input, .. } = &mut *self.state.borrow_mut();
         let (x, stride) = if activation.is_none() && padded == cols {
             (x, cols)

@@ -3,16 +3,22 @@
 //! Rows come in groups of [`LANES`]; the last group is padded with zero rows. Along K there are blocks of 32; a dense
 //! weight's last block is padded with zeros. A group's blocks follow each other, and a block holds, in this order:
 //!
-//! | storage | words per block | content |
+//! | storage | per block | content |
 //! |---|---|---|
-//! | 4 bits | 8 x 16 u16 | word q of a row: codes 4q .. 4q+3, lowest bits first |
-//! | 6 bits | 8 x 16 u16, then 4 x 16 u16 | low nibbles as above; then word h: upper bit pairs of codes 8h .. 8h+7 |
-//! | 8 bits | 32 x 16 u8 | code k of each row |
+//! | 4 bits | 4 x 16 u32 | byte j of word g of a row: code 8g + j, and in its high nibble code 8g + 4 + j |
+//! | 6 bits | 4 x 16 u32, then 2 x 16 u32 | low nibbles as above; then byte j of word h: the upper pairs of 16h + j + 4i, i = 0 .. 3 |
+//! | INT8 | 8 x 16 u32 | byte j of word g of a row: code 4g + j |
+//! | FP8 | 32 x 16 u8 | code k of each row |
 //! | BF16, F16 | 32 x 16 u16 | element k of each row |
 //! | F32 | 32 x 16 f32 | element k of each row |
 //!
+//! Where codes are integers, or become integers by a table, four consecutive ones of a row are the bytes of a 32-bit
+//! lane after a shift and a mask: the operand of an int8 dot product.
+//!
 //! Scales are apart: 16 bytes per group and block. So MXFP4 takes 4.25 bits per weight here too.
 
+#[cfg(target_arch = "x86_64")]
+use super::integer::IntegerCodec;
 use super::pool::{DisjointSlices, Pool};
 use super::simd::{HalfFields, LANES};
 use crate::backend::{DenseDtype, WeightSource};
@@ -26,8 +32,8 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) enum Storage {
     /// 4-bit codes through a table of 16 values.
     Nibbles([f32; 16]),
-    /// 6-bit sign-magnitude codes: the fields, and a table of the 32 magnitudes.
-    Sextets(HalfFields, [f32; 32]),
+    /// 6-bit sign-magnitude codes through a table of the 32 magnitudes.
+    Sextets([f32; 32]),
     /// FP8 codes.
     Fp8(HalfFields),
     /// Two's complement bytes; the scale's exponent is lowered by `fraction_bits` instead of each element.
@@ -49,7 +55,7 @@ impl Storage {
         };
         match (spec.bits, spec.exponent_bits) {
             (4, _) => Self::Nibbles(std::array::from_fn(|code| element.decode(code as u8))),
-            (6, _) => Self::Sextets(fields, std::array::from_fn(|code| element.decode(code as u8))),
+            (6, _) => Self::Sextets(std::array::from_fn(|code| element.decode(code as u8))),
             (_, 0) => Self::Int8 { fraction_bits: spec.mantissa_bits },
             _ => Self::Fp8(fields),
         }
@@ -61,7 +67,7 @@ impl Storage {
             * BLOCK
             * match self {
                 Self::Nibbles(_) => 4,
-                Self::Sextets(..) => 6,
+                Self::Sextets(_) => 6,
                 Self::Fp8(_) | Self::Int8 { .. } => 8,
                 Self::Dense(dtype) => 8 * dtype.size_bytes(),
             }
@@ -109,6 +115,9 @@ pub(crate) struct PackedWeight {
     pub(crate) codes: AlignedBytes,
     /// `[groups, blocks, LANES]`, empty for a dense weight.
     pub(crate) scales: AlignedBytes,
+    /// How to multiply as integers, where elements, activations and the processor allow it.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) integer: Option<IntegerCodec>,
 }
 
 impl PackedWeight {
@@ -124,6 +133,8 @@ impl PackedWeight {
             WeightSource::Mx { .. } => return None,
             WeightSource::Dense { dtype, .. } => Storage::Dense(*dtype),
         };
+        #[cfg(target_arch = "x86_64")]
+        let integer = parts[0].scheme().and_then(IntegerCodec::for_scheme);
         let (groups, blocks) = (usize::div_ceil(rows, LANES), usize::div_ceil(cols, BLOCK));
         let has_scales = !matches!(storage, Storage::Dense(_));
         let mut codes = AlignedBytes::zeroed(groups * blocks * storage.block_bytes());
@@ -136,7 +147,14 @@ impl PackedWeight {
             let (codes, scales) = unsafe { (code_groups.slice(group), scale_groups.slice(group)) };
             pack_group(&storage, parts, group * LANES, codes, scales);
         });
-        Some(Self { shape: [rows, cols], storage, codes, scales })
+        Some(Self {
+            shape: [rows, cols],
+            storage,
+            codes,
+            scales,
+            #[cfg(target_arch = "x86_64")]
+            integer,
+        })
     }
 
     /// Row groups of [`LANES`] rows.
@@ -155,17 +173,16 @@ impl PackedWeight {
         let block_bytes = self.storage.block_bytes();
         for (b, out) in out.chunks_mut(BLOCK).enumerate() {
             let bytes = &self.codes.as_slice()[(group * blocks + b) * block_bytes..][..block_bytes];
-            let word = |w: usize| {
-                let at = (w * LANES + lane) * 2;
-                u16::from_le_bytes([bytes[at], bytes[at + 1]])
-            };
+            // Byte j of word w of this row.
+            let byte = |w: usize, j: usize| usize::from(bytes[(w * LANES + lane) * 4 + j]);
             let scale = || E8m0(self.scales.as_slice()[(group * blocks + b) * LANES + lane]).to_f32();
             for (k, out) in out.iter_mut().enumerate() {
-                let nibble = || usize::from(word(k / 4) >> (4 * (k % 4))) & 15;
+                let nibble = || byte(k / 8, k % 4) >> (k / 4 % 2 * 4) & 15;
                 *out = match &self.storage {
                     Storage::Nibbles(table) => table[nibble()] * scale(),
-                    Storage::Sextets(_, table) => {
-                        let code = nibble() | (usize::from(word(8 + k / 8) >> (2 * (k % 8))) & 3) << 4;
+                    Storage::Sextets(table) => {
+                        let upper = byte(4 + k / 16, k % 4) >> (k / 4 % 4 * 2) & 3;
+                        let code = nibble() | upper << 4;
                         let magnitude = table[code & 31] * scale();
                         if code & 32 == 0 { magnitude } else { -magnitude }
                     }
@@ -176,7 +193,7 @@ impl PackedWeight {
                         half::f16::from_bits(half).to_f32() * fields.factor * scale()
                     }
                     Storage::Int8 { fraction_bits } => {
-                        let code = bytes[k * LANES + lane] as i8;
+                        let code = byte(k / 4, k % 4) as u8 as i8;
                         f32::from(code) / (1u32 << fraction_bits) as f32 * scale()
                     }
                     Storage::Dense(dtype) => {
@@ -245,21 +262,18 @@ fn pack_mx_row(
     let spec = format.element.spec();
     let blocks = codes.chunks_exact_mut(storage.block_bytes());
     for (b, ((block, out), &scale)) in row_codes.chunks_exact(BLOCK).zip(blocks).zip(row_scales).enumerate() {
-        if spec.bits == 8 {
-            for (k, &code) in block.iter().enumerate() {
-                out[k * LANES + lane] = code;
-            }
-        } else {
-            let mut put_word = |word: usize, value: u16| {
-                out[(word * LANES + lane) * 2..][..2].copy_from_slice(&value.to_le_bytes());
-            };
-            for (q, quad) in block.chunks_exact(4).enumerate() {
-                put_word(q, quad.iter().rev().fold(0, |w, c| w << 4 | u16::from(c & 15)));
-            }
-            if spec.bits == 6 {
-                for (h, eight) in block.chunks_exact(8).enumerate() {
-                    put_word(8 + h, eight.iter().rev().fold(0, |w, c| w << 2 | u16::from(c >> 4)));
+        for (k, &code) in block.iter().enumerate() {
+            // Byte k % 4 of word w of this row.
+            let at = |w: usize| (w * LANES + lane) * 4 + k % 4;
+            match storage {
+                Storage::Nibbles(_) => out[at(k / 8)] |= code << (k / 4 % 2 * 4),
+                Storage::Sextets(_) => {
+                    out[at(k / 8)] |= (code & 15) << (k / 4 % 2 * 4);
+                    out[at(4 + k / 16)] |= (code >> 4) << (k / 4 % 4 * 2);
                 }
+                Storage::Int8 { .. } => out[at(k / 4)] = code,
+                Storage::Fp8(_) => out[k * LANES + lane] = code,
+                Storage::Dense(_) => unreachable!("an MX row has codes"),
             }
         }
         // A NaN element makes every product of its row NaN, as a NaN scale does: the E4M3 decoder need not know.

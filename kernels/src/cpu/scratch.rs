@@ -4,25 +4,25 @@ use std::sync::Arc;
 
 use crate::buffer::{Charge, Component, MemoryAccount};
 
-/// Reusable floats.
-pub(crate) struct Scratch {
-    floats: Vec<f32>,
+/// Reusable memory.
+pub(crate) struct Scratch<T = f32> {
+    values: Vec<T>,
     memory: Arc<MemoryAccount>,
     charge: Option<Charge>,
 }
 
-impl Scratch {
+impl<T: Copy + Default> Scratch<T> {
     /// Empty scratch whose size is charged to `memory`.
     pub(crate) fn new(memory: &Arc<MemoryAccount>) -> Self {
-        Self { floats: Vec::new(), memory: Arc::clone(memory), charge: None }
+        Self { values: Vec::new(), memory: Arc::clone(memory), charge: None }
     }
 
-    /// `len` floats of unspecified content.
-    pub(crate) fn take(&mut self, len: usize) -> &mut [f32] {
-        if self.floats.len() < len {
-            self.floats = vec![0.0; len];
-            self.charge = Some(self.memory.charge(Component::Workspace, size_of_val(self.floats.as_slice())));
+    /// `len` values of unspecified content.
+    pub(crate) fn take(&mut self, len: usize) -> &mut [T] {
+        if self.values.len() < len {
+            self.values = vec![T::default(); len];
+            self.charge = Some(self.memory.charge(Component::Workspace, size_of_val(self.values.as_slice())));
         }
-        &mut self.floats[..len]
+        &mut self.values[..len]
     }
 }

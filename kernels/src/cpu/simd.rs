@@ -147,21 +147,21 @@ pub(crate) trait Lanes: Copy {
     unsafe fn from_bf16(p: *const u16) -> Self;
     /// 16 IEEE halves.
     unsafe fn from_f16(p: *const u16) -> Self;
-    /// 16 signed bytes.
-    unsafe fn from_i8(p: *const u8) -> Self;
+    /// Signed byte `index` of each of 16 words.
+    unsafe fn from_i8(p: *const u32, index: usize) -> Self;
     /// 16 E8M0 bytes: 2^(b - 127), NaN for 255.
     unsafe fn from_e8m0(p: *const u8) -> Self;
     /// 16 FP8 codes whose fields are `fields`.
     unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self;
-    /// 16 words of four 4-bit codes, lowest bits first, through `table`.
-    unsafe fn from_nibbles(p: *const u16, table: &[f32; 16]) -> [Self; 4];
-    /// 16 x four 6-bit sign-magnitude codes: words `low` of four low nibbles, words `high` of eight upper bit pairs of
-    /// which the four pairs from pair `4 * half` belong to `low`. `table` has the 32 magnitudes.
+    /// The four low (`half` 0) or high (`half` 1) nibbles of 16 words' bytes, through `table`.
+    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4];
+    /// 6-bit sign-magnitude codes: bits 0..=3 are the nibbles as in [`from_nibbles`](Self::from_nibbles) of `low`, bits
+    /// 4 and 5 bits `2 * pair` and `2 * pair + 1` of the bytes of `high`. `table` has the 32 magnitudes.
     unsafe fn from_sextets(
-        low: *const u16,
-        high: *const u16,
+        low: *const u32,
         half: usize,
-        fields: HalfFields,
+        high: *const u32,
+        pair: usize,
         table: &[f32; 32],
     ) -> [Self; 4];
 
@@ -306,10 +306,10 @@ impl Lanes for Portable {
         Self(v.map(|b| half::f16::from_bits(b).to_f32()))
     }
     #[inline(always)]
-    unsafe fn from_i8(p: *const u8) -> Self {
+    unsafe fn from_i8(p: *const u32, index: usize) -> Self {
         // SAFETY: the trait's contract.
-        let v = unsafe { p.cast::<[i8; LANES]>().read_unaligned() };
-        Self(v.map(f32::from))
+        let v = unsafe { p.cast::<[[i8; 4]; LANES]>().read_unaligned() };
+        Self(v.map(|bytes| f32::from(bytes[index])))
     }
     #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
@@ -324,27 +324,30 @@ impl Lanes for Portable {
         Self(v.map(|c| half::f16::from_bits(half_bits(c.into(), fields)).to_f32() * fields.factor))
     }
     #[inline(always)]
-    unsafe fn from_nibbles(p: *const u16, table: &[f32; 16]) -> [Self; 4] {
+    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
         // SAFETY: the trait's contract.
-        let v = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
-        std::array::from_fn(|j| Self(v.map(|w| table[usize::from(w >> (4 * j)) & 15])))
+        let v = unsafe { p.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        std::array::from_fn(|j| Self(v.map(|bytes| table[usize::from(bytes[j] >> (4 * half)) & 15])))
     }
     #[inline(always)]
     unsafe fn from_sextets(
-        low: *const u16,
-        high: *const u16,
+        low: *const u32,
         half: usize,
-        _fields: HalfFields,
+        high: *const u32,
+        pair: usize,
         table: &[f32; 32],
     ) -> [Self; 4] {
         // SAFETY: the trait's contract.
         let (low, high) = unsafe {
-            (low.cast::<[u16; LANES]>().read_unaligned(), high.cast::<[u16; LANES]>().read_unaligned())
+            (
+                low.cast::<[[u8; 4]; LANES]>().read_unaligned(),
+                high.cast::<[[u8; 4]; LANES]>().read_unaligned(),
+            )
         };
         std::array::from_fn(|j| {
             Self(std::array::from_fn(|i| {
-                let pair = usize::from(high[i] >> (8 * half + 2 * j)) & 3;
-                let code = (usize::from(low[i]) >> (4 * j)) & 15 | pair << 4;
+                let upper = usize::from(high[i][j] >> (2 * pair)) & 3;
+                let code = usize::from(low[i][j] >> (4 * half)) & 15 | upper << 4;
                 let magnitude = table[code & 31];
                 if code & 32 == 0 { magnitude } else { -magnitude }
             }))
@@ -366,7 +369,7 @@ pub(crate) mod x86 {
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(in crate::cpu) __m512);
 
     /// Sixteen halves with the fields of `code` words placed by `fields`.
     #[inline(always)]
@@ -473,8 +476,12 @@ pub(crate) mod x86 {
             Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
         }
         #[inline(always)]
-        unsafe fn from_i8(p: *const u8) -> Self {
-            Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
+        unsafe fn from_i8(p: *const u32, index: usize) -> Self {
+            Self(unsafe {
+                let shift = _mm_cvtsi32_si128(24 - 8 * index as i32);
+                let top = _mm512_sll_epi32(_mm512_loadu_si512(p.cast()), shift);
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(top))
+            })
         }
         #[inline(always)]
         unsafe fn from_e8m0(p: *const u8) -> Self {
@@ -497,40 +504,39 @@ pub(crate) mod x86 {
             })
         }
         #[inline(always)]
-        unsafe fn from_nibbles(p: *const u16, table: &[f32; 16]) -> [Self; 4] {
+        unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
             unsafe {
                 let table = _mm512_loadu_ps(table.as_ptr());
-                let w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
-                // The permutation looks at an index's low four bits only.
-                [
-                    Self(_mm512_permutexvar_ps(w, table)),
-                    Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(w), table)),
-                    Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<8>(w), table)),
-                    Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<12>(w), table)),
-                ]
+                let w = _mm512_loadu_si512(p.cast());
+                let mut quad = [Self(table); 4];
+                for (j, out) in quad.iter_mut().enumerate() {
+                    // The permutation looks at an index's low four bits only.
+                    let shift = _mm_cvtsi32_si128((8 * j + 4 * half) as i32);
+                    *out = Self(_mm512_permutexvar_ps(_mm512_srl_epi32(w, shift), table));
+                }
+                quad
             }
         }
         #[inline(always)]
         unsafe fn from_sextets(
-            low: *const u16,
-            high: *const u16,
+            low: *const u32,
             half: usize,
-            _fields: HalfFields,
+            high: *const u32,
+            pair: usize,
             table: &[f32; 32],
         ) -> [Self; 4] {
             unsafe {
                 let (t0, t1) = (_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table.as_ptr().add(16)));
-                let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.cast()));
-                let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(high.cast()));
-                // Bits 4 and 5 of the shifted word are pair j; then a rotation brings pair j + 1 there.
-                let high =
-                    if half == 0 { _mm512_slli_epi32::<4>(high) } else { _mm512_srli_epi32::<4>(high) };
-                [
-                    Self::sextet(low, high, t0, t1),
-                    Self::sextet(_mm512_srli_epi32::<4>(low), _mm512_srli_epi32::<2>(high), t0, t1),
-                    Self::sextet(_mm512_srli_epi32::<8>(low), _mm512_srli_epi32::<4>(high), t0, t1),
-                    Self::sextet(_mm512_srli_epi32::<12>(low), _mm512_srli_epi32::<6>(high), t0, t1),
-                ]
+                let low = _mm512_loadu_si512(low.cast());
+                // Left by four: the pair of byte 0 comes to bits 4 and 5.
+                let high = _mm512_rol_epi32::<4>(_mm512_loadu_si512(high.cast()));
+                let mut quad = [Self(t0); 4];
+                for (j, out) in quad.iter_mut().enumerate() {
+                    let low = _mm512_srl_epi32(low, _mm_cvtsi32_si128((8 * j + 4 * half) as i32));
+                    let high = _mm512_rorv_epi32(high, _mm512_set1_epi32((8 * j + 2 * pair) as i32));
+                    *out = Self::sextet(low, high, t0, t1);
+                }
+                quad
             }
         }
     }
@@ -590,15 +596,15 @@ pub(crate) mod x86 {
             }
         }
 
-        /// Codes: bits 0..=3 from `low`, 4 and 5 from `high`.
+        /// Sign-magnitude codes: bits 0..=3 from `low`; 4 (magnitude) and 5 (sign) are bits 0 and 1 of `high`.
         #[inline(always)]
-        unsafe fn sextet(low: __m256i, high: __m256i, fields: HalfFields) -> Self {
+        unsafe fn sextet(low: __m256i, high: __m256i, table: &[f32; 32]) -> __m256 {
             unsafe {
-                let code = _mm256_or_si256(
-                    _mm256_and_si256(low, _mm256_set1_epi16(15)),
-                    _mm256_and_si256(high, _mm256_set1_epi16(0x30)),
-                );
-                Self::from_halves(place_fields(code, fields)).mul(Self::splat(fields.factor))
+                let [t0, t1] = table.as_chunks::<16>().0 else { unreachable!("32 entries") };
+                let (lower, upper) = (Self::lookup16(low, t0), Self::lookup16(low, t1));
+                let bit4 = _mm256_castsi256_ps(_mm256_slli_epi32::<31>(high));
+                let sign = _mm256_and_si256(_mm256_slli_epi32::<30>(high), _mm256_set1_epi32(i32::MIN));
+                _mm256_xor_ps(_mm256_blendv_ps(lower, upper, bit4), _mm256_castsi256_ps(sign))
             }
         }
 
@@ -694,11 +700,14 @@ pub(crate) mod x86 {
             unsafe { Self::from_halves(_mm256_loadu_si256(p.cast())) }
         }
         #[inline(always)]
-        unsafe fn from_i8(p: *const u8) -> Self {
+        unsafe fn from_i8(p: *const u32, index: usize) -> Self {
             unsafe {
+                let shift = _mm_cvtsi32_si128(24 - 8 * index as i32);
+                let lo = _mm256_sll_epi32(_mm256_loadu_si256(p.cast()), shift);
+                let hi = _mm256_sll_epi32(_mm256_loadu_si256(p.add(8).cast()), shift);
                 Self(
-                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
-                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+                    _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(lo)),
+                    _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(hi)),
                 )
             }
         }
@@ -714,13 +723,12 @@ pub(crate) mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn from_nibbles(p: *const u16, table: &[f32; 16]) -> [Self; 4] {
+        unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
             unsafe {
-                let lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                let hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+                let (lo, hi) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
                 let mut quad = [Self::splat(0.0); 4];
                 for (j, out) in quad.iter_mut().enumerate() {
-                    let shift = _mm_cvtsi32_si128(4 * j as i32);
+                    let shift = _mm_cvtsi32_si128((8 * j + 4 * half) as i32);
                     *out = Self(
                         Self::lookup16(_mm256_srl_epi32(lo, shift), table),
                         Self::lookup16(_mm256_srl_epi32(hi, shift), table),
@@ -731,23 +739,26 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn from_sextets(
-            low: *const u16,
-            high: *const u16,
+            low: *const u32,
             half: usize,
-            fields: HalfFields,
-            _table: &[f32; 32],
+            high: *const u32,
+            pair: usize,
+            table: &[f32; 32],
         ) -> [Self; 4] {
             unsafe {
-                let low = _mm256_loadu_si256(low.cast());
-                let high = _mm256_loadu_si256(high.cast());
-                let high =
-                    if half == 0 { _mm256_slli_epi16::<4>(high) } else { _mm256_srli_epi16::<4>(high) };
-                [
-                    Self::sextet(low, high, fields),
-                    Self::sextet(_mm256_srli_epi16::<4>(low), _mm256_srli_epi16::<2>(high), fields),
-                    Self::sextet(_mm256_srli_epi16::<8>(low), _mm256_srli_epi16::<4>(high), fields),
-                    Self::sextet(_mm256_srli_epi16::<12>(low), _mm256_srli_epi16::<6>(high), fields),
-                ]
+                let low = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(8).cast()));
+                let high = (_mm256_loadu_si256(high.cast()), _mm256_loadu_si256(high.add(8).cast()));
+                let mut quad = [Self::splat(0.0); 4];
+                for (j, out) in quad.iter_mut().enumerate() {
+                    let by_low = _mm_cvtsi32_si128((8 * j + 4 * half) as i32);
+                    let by_high = _mm_cvtsi32_si128((8 * j + 2 * pair) as i32);
+                    let upper = (_mm256_srl_epi32(high.0, by_high), _mm256_srl_epi32(high.1, by_high));
+                    *out = Self(
+                        Self::sextet(_mm256_srl_epi32(low.0, by_low), upper.0, table),
+                        Self::sextet(_mm256_srl_epi32(low.1, by_low), upper.1, table),
+                    );
+                }
+                quad
             }
         }
     }

@@ -181,27 +181,49 @@ fn dense_linear_takes_any_number_of_columns_and_each_dtype() {
 
 #[test]
 fn declared_activations_are_quantized() {
-    let shape = [32, 64];
-    let weight = TestWeight::random("mxfp4".parse().unwrap(), shape, 1);
-    let (elements, scales) = weight.parts();
-    let x = Random(4).vec(5 * 64);
-    for name in ["mxfp6", "mxfp8", "mxfp4", "mxint8", "mxfp6_e3m2", "mxfp8_e5m2"] {
-        let cast = Cast::from(name.parse::<MxFormat>().unwrap());
-        let mut quantized = vec![0.0; x.len()];
-        let mut codes = vec![0; cast.format.code_bytes(x.len())];
-        let mut block_scales = vec![0; cast.format.scale_bytes(x.len())];
-        let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let values = Values::F32(&bytes);
-        quantize_rows(cast, ElementRounding::NearestEven, values, 0, &mut codes, &mut block_scales).unwrap();
-        let tensor = MxTensor::new(cast.format, [1, x.len()], &codes, &block_scales).unwrap();
-        tensor.dequantize_row(0, &mut quantized);
-        assert_ne!(quantized, x);
-        let expected = reference::linear(&quantized, &elements, Some(&scales), None, shape);
-        for backend in backends() {
-            let w = backend.upload(&[weight.source(Some(cast))], None).unwrap();
-            let mut out = poison(&backend, 5 * 32);
-            backend.linear(&upload_f32(&backend, &x), 5, &w, &mut out, 32, 0);
-            assert_bits(&read(&backend, &out), &expected, name);
+    let shape = [35, 96];
+    for weight in ElementType::ALL {
+        let weight = TestWeight::random(MxFormat::new(weight), shape, 1);
+        let (elements, scales) = weight.parts();
+        for activation in ElementType::ALL {
+            let cast = Cast::from(MxFormat::new(activation));
+            for rows in [1, 2, 3, 4, 5, 15] {
+                let x = Random(4).vec(rows * 96);
+                let mut quantized = vec![0.0; x.len()];
+                let mut codes = vec![0; cast.format.code_bytes(x.len())];
+                let mut block_scales = vec![0; cast.format.scale_bytes(x.len())];
+                let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let nearest = ElementRounding::NearestEven;
+                quantize_rows(cast, nearest, Values::F32(&bytes), 0, &mut codes, &mut block_scales).unwrap();
+                let tensor = MxTensor::new(cast.format, [1, x.len()], &codes, &block_scales).unwrap();
+                tensor.dequantize_row(0, &mut quantized);
+                assert_ne!(quantized, x);
+                let bias = Random(6).vec(35);
+                let expected = reference::linear(&quantized, &elements, Some(&scales), Some(&bias), shape);
+                for backend in backends() {
+                    let w = backend.upload(&[weight.source(Some(cast))], Some(&bias)).unwrap();
+                    let mut out = poison(&backend, rows * 35);
+                    backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, 35, 0);
+                    let what = format!("{} on {}", w.scheme().unwrap(), backend.description());
+                    assert_bits(&read(&backend, &out), &expected, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_activation_makes_its_row_nan_and_no_other() {
+    let weight = TestWeight::random("mxint8".parse().unwrap(), [8, 64], 1);
+    let mut x = Random(4).vec(3 * 64);
+    x[64 + 40] = f32::NAN;
+    let cast = Cast::from("mxint8".parse::<MxFormat>().unwrap());
+    for backend in backends() {
+        let w = backend.upload(&[weight.source(Some(cast))], None).unwrap();
+        let mut out = upload_f32(&backend, &[0.0; 24]);
+        backend.linear(&upload_f32(&backend, &x), 3, &w, &mut out, 8, 0);
+        for (i, v) in read(&backend, &out).iter().enumerate() {
+            assert_eq!(v.is_nan(), i / 8 == 1, "output {i}");
         }
     }
 }
