@@ -58,7 +58,8 @@ pub fn inspect(dir: &Path) -> Result<Inspection, CheckpointError> {
     let mut groups: BTreeMap<(String, String), Group> = BTreeMap::new();
     let mut total = Group { name: "total".to_owned(), ..Group::default() };
     for tensor in checkpoint.tensors() {
-        let module = module_of(&tensor.name);
+        // Norms and biases are inside layers that a default reaches, but no linear modules.
+        let module = module_of(&tensor.name).filter(|_| tensor.shape.len() == 2);
         let declared = match module {
             Some(module) => checkpoint.scheme(module)?.map(|scheme| (module, scheme)),
             None => None,

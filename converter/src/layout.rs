@@ -7,7 +7,7 @@ use models::checkpoint::ModulePattern;
 use models::checkpoint::quantization::{Declaration, Dialect, LayerGroup, is_embedding};
 
 use crate::error::{ConvertError, Unexpressed};
-use crate::plan::{Action, LM_HEAD, Plan};
+use crate::plan::{Action, Plan};
 
 /// The dialect asked for, if it has a place for everything in the plan; else the default: compressed-tensors for
 /// uniform MXFP8 (weight-only or W8A8), Quark for what Quark knows, ours for the rest.
@@ -83,11 +83,8 @@ pub(crate) fn declare(plan: &Plan, fallback: Scheme) -> Declaration {
             }));
         }
     }
-    let mut exclude: Vec<String> =
-        plan.linears.iter().filter(|(_, s)| s.is_none()).map(|(module, _)| module.clone()).collect();
-    if !plan.linears.contains_key(LM_HEAD) {
-        exclude.push(LM_HEAD.to_owned());
-    }
+    let unquantized = plan.linears.iter().filter(|(_, scheme)| scheme.is_none());
+    let exclude = unquantized.map(|(module, _)| module.clone()).collect();
     Declaration { default, layers, exclude }
 }
 
@@ -186,8 +183,10 @@ mod tests {
                 });
                 let dir = std::path::Path::new("none");
                 let read = models::checkpoint::Quantization::read(dir, &config).unwrap();
+                // Formats only: the scale rules are in the record.
+                let formats = |s: Scheme| (s.weight.format, s.activation.map(|a| a.format));
                 for (module, scheme) in &plan.linears {
-                    assert_eq!(read.scheme(module), *scheme, "{dialect} {module}");
+                    assert_eq!(read.scheme(module).map(formats), scheme.map(formats), "{dialect} {module}");
                 }
             }
         }

@@ -89,7 +89,7 @@ impl PlannedTensor {
 pub struct Plan {
     /// The tensors.
     pub tensors: Vec<PlannedTensor>,
-    /// Linear modules, and whether they are quantized; without the embeddings.
+    /// Every linear module, the head included, and its scheme; `None` stays unquantized.
     pub linears: BTreeMap<String, Option<Scheme>>,
     /// The head gets a weight of its own: `tie_word_embeddings` becomes false.
     pub unties_head: bool,
@@ -176,10 +176,12 @@ pub fn plan(recipe: &Recipe, tensors: &[SourceTensor], source: SourceTraits) -> 
     if schemes.is_empty() {
         return Err(PlanError::Nothing);
     }
-    let linears: BTreeMap<String, Option<Scheme>> = candidates
-        .iter()
+    // Routers and the like are linear modules too: loaders must be told that they are not quantized.
+    let matrices = tensors.iter().filter(|tensor| tensor.shape.len() == 2);
+    let modules = matrices.filter_map(|tensor| tensor.name.strip_suffix(".weight")).chain([LM_HEAD]);
+    let linears: BTreeMap<String, Option<Scheme>> = modules
         .filter(|module| !is_embedding(module))
-        .map(|module| (module.clone(), schemes.get(module).copied()))
+        .map(|module| (module.to_owned(), schemes.get(module).copied()))
         .collect();
     let warnings = fused_warnings(&linears);
     Ok(Plan { tensors: planned, linears, unties_head: head_of_its_own, warnings })

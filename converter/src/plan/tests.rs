@@ -63,6 +63,7 @@ fn quantizes_the_projections_and_nothing_else() {
     assert_eq!(plan.tensors.len(), model().len());
     assert!(!plan.unties_head);
     assert_eq!(plan.linears["lm_head"], None);
+    assert_eq!(plan.linears["model.layers.0.mlp.gate"], None, "a router stays as it is, and is declared so");
     assert!(plan.warnings.is_empty());
 }
 

@@ -259,3 +259,6 @@ fn read_json(path: &Path) -> Result<Value, CheckpointError> {
     let text = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests;

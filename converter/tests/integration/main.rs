@@ -1,0 +1,9 @@
+//! The converter from outside: its library and its program, on files.
+
+#![forbid(unsafe_code)]
+
+mod command;
+mod common;
+mod gguf;
+mod inputs;
+mod round_trip;
