@@ -7,6 +7,12 @@
 /// # Panics
 /// `bits` is not 4, 6 or 8, the number of codes is not a multiple of 8, or `out` is not `codes.len() * bits / 8` long.
 pub fn pack(codes: &[u8], bits: u32, out: &mut [u8]) {
+    pack_inlined(codes, bits, out);
+}
+
+/// [`pack`], compiled for the caller's instruction set.
+#[inline(always)]
+pub(super) fn pack_inlined(codes: &[u8], bits: u32, out: &mut [u8]) {
     check(codes.len(), bits, out.len());
     let (codes, _) = codes.as_chunks();
     match bits {
@@ -30,6 +36,7 @@ pub fn unpack(packed: &[u8], bits: u32, codes: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn check(codes: usize, bits: u32, packed_bytes: usize) {
     assert!(matches!(bits, 4 | 6 | 8), "codes have 4, 6 or 8 bits, not {bits}");
     assert!(codes.is_multiple_of(8), "{codes} codes of {bits} bits are not packed in groups of 8");
