@@ -1,0 +1,122 @@
+//! The prompt of a chat: messages through the model's template, then the tokenizer.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use crate::model::ServedModel;
+use crate::tokenizer::RenderOptions;
+
+/// The fields that make a prompt of messages; `/tokenize` has them too.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ChatPromptFields {
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    add_special_tokens: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    reasoning_effort: Option<Value>,
+}
+
+impl ChatPromptFields {
+    /// Token ids of the rendered messages.
+    pub(super) fn prompt(
+        self,
+        model: &ServedModel,
+        messages: &[Map<String, Value>],
+    ) -> Result<Vec<u32>, ApiError> {
+        let continue_final_message = self.continue_final_message.unwrap_or(false);
+        if continue_final_message && self.add_generation_prompt == Some(true) {
+            let message = "continue_final_message and add_generation_prompt exclude each other";
+            return Err(ApiError::field("continue_final_message", message));
+        }
+        let mut kwargs = self.chat_template_kwargs.unwrap_or_default();
+        // A variable of some templates; others do not know it.
+        kwargs.extend(self.reasoning_effort.map(|effort| ("reasoning_effort".to_owned(), effort)));
+        let options = RenderOptions {
+            add_generation_prompt: self.add_generation_prompt.unwrap_or(!continue_final_message),
+            continue_final_message,
+            kwargs,
+        };
+        let template = model.chat_template()?;
+        let text = template
+            .render(messages, &options)
+            .map_err(|error| ApiError::field("messages", error.to_string()))?;
+        // The template has put the special tokens there as text.
+        let ids = model.encode("messages", &text, self.add_special_tokens.unwrap_or(false))?.ids;
+        if ids.is_empty() {
+            return Err(ApiError::field("messages", "messages must not be empty: they have no tokens"));
+        }
+        Ok(ids)
+    }
+}
+
+/// Refuses messages that no template could show as they are meant.
+pub(super) fn check_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::field("messages", "messages must not be empty"));
+    }
+    messages.iter().enumerate().try_for_each(|(index, message)| check_message(index, message))
+}
+
+fn check_message(index: usize, message: &Map<String, Value>) -> Result<(), ApiError> {
+    let wrong = |field: &str, expected: &str| {
+        let path = format!("messages[{index}].{field}");
+        Err(ApiError::field(path.as_str(), format!("{path} must be {expected}")))
+    };
+    match message.get("role") {
+        Some(Value::String(role)) if !role.is_empty() => {}
+        _ => return wrong("role", "a string"),
+    }
+    match message.get("content") {
+        None | Some(Value::Null | Value::String(_)) => Ok(()),
+        Some(Value::Array(parts)) => {
+            let is_text = |part: &Value| part["type"] == "text" && part["text"].is_string();
+            if let Some(at) = parts.iter().position(|part| !is_text(part)) {
+                return wrong(&format!("content[{at}]"), "a part of type 'text': this server takes no other");
+            }
+            Ok(())
+        }
+        Some(_) => wrong("content", "a string or a list of parts"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(messages: Value) -> Result<(), ApiError> {
+        check_messages(&serde_json::from_value::<Vec<_>>(messages).unwrap())
+    }
+
+    #[test]
+    fn messages_that_are_fine() {
+        check(json!([
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "x"},
+            {"role": "assistant", "content": null},
+        ]))
+        .unwrap();
+    }
+
+    #[test]
+    fn messages_that_are_not() {
+        let cases = [
+            ("messages", json!([])),
+            ("messages[0].role", json!([{"content": "a"}])),
+            ("messages[0].role", json!([{"role": 1, "content": "a"}])),
+            ("messages[1].content", json!([{"role": "user"}, {"role": "user", "content": 1}])),
+            (
+                "messages[0].content[1]",
+                json!([{"role": "user", "content": [
+                {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]}]),
+            ),
+        ];
+        for (param, messages) in cases {
+            let error = check(messages).unwrap_err();
+            assert!(matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == param), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! From the engine's tokens to text: the running sequences of one request.
+
+use std::sync::Arc;
+
+use futures::stream::{self, BoxStream, SelectAll, StreamExt};
+use kernels::TokenLogprobs;
+use serde::Serialize;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::error::ApiError;
+use super::sampling::SamplingPlan;
+use super::usage::Usage;
+use crate::engine::{FinishReason, GenerateRequest, TokenEvent};
+use crate::model::ServedModel;
+use crate::telemetry::{Outcome, Telemetry};
+use crate::tokenizer::{Detokenizer, StopMatcher};
+
+/// One thing that a sequence brings forth.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Output {
+    /// Log-probabilities of the prompt's tokens 1.., before everything else, if asked for.
+    Prompt(Vec<TokenLogprobs>),
+    /// Text, a token, the end: at least one of them.
+    Delta(Delta),
+}
+
+/// What came with one token.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Delta {
+    /// Text that is certain now. Characters and possible stop strings are held back until they are complete.
+    pub(super) text: String,
+    /// The token; absent where only held text is left to say.
+    pub(super) token: Option<GeneratedToken>,
+    /// The end.
+    pub(super) finish: Option<Finish>,
+}
+
+/// A generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct GeneratedToken {
+    /// Its id.
+    pub(super) id: u32,
+    /// Characters of generated text before it.
+    pub(super) text_offset: usize,
+    /// If asked for.
+    pub(super) logprobs: Option<TokenLogprobs>,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Finish {
+    /// `stop` or `length`.
+    pub(super) reason: &'static str,
+    /// The stop string or token that was found; `None` for an end-of-sequence token.
+    pub(super) stop_reason: Option<StopReason>,
+    /// Prompt tokens found in the cache.
+    cached_tokens: usize,
+}
+
+/// `stop_reason` of an answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(super) enum StopReason {
+    /// One of `stop`.
+    Text(String),
+    /// One of `stop_token_ids`.
+    Token(u32),
+}
+
+/// The sequences of a request, running. Dropping it cancels them.
+pub(super) struct Generation {
+    outputs: SelectAll<BoxStream<'static, (usize, Result<Output, ApiError>)>>,
+    usage: Usage,
+}
+
+impl Generation {
+    /// Submits `requests`, all or none. `prompt_tokens`: the sum over the request's prompts.
+    pub(super) fn start(
+        model: &Arc<ServedModel>,
+        telemetry: &Arc<Telemetry>,
+        plan: &SamplingPlan,
+        requests: Vec<GenerateRequest>,
+        prompt_tokens: usize,
+    ) -> Result<Self, ApiError> {
+        let ends: Vec<_> =
+            requests.iter().map(|request| (request.prompt.clone(), request.stop.clone())).collect();
+        let channels = model.engine.submit_all(requests).map_err(|error| {
+            telemetry.rejected(&error);
+            ApiError::from(error)
+        })?;
+        let sequence = |((prompt, stop), events): ((Vec<u32>, _), _)| RunningSequence {
+            detokenizer: model
+                .tokenizer
+                .as_ref()
+                .map(|t| Detokenizer::after(&prompt, t, plan.skip_special_tokens)),
+            model: Arc::clone(model),
+            telemetry: Arc::clone(telemetry),
+            events,
+            matcher: StopMatcher::new(plan.stop_strings.clone(), plan.include_stop),
+            include_stop: plan.include_stop,
+            stop,
+            generated: 0,
+            characters: 0,
+            ended: false,
+        };
+        let streams = ends.into_iter().zip(channels).map(sequence).enumerate().map(|(index, sequence)| {
+            stream::unfold(sequence, |mut sequence| async { Some((sequence.next().await?, sequence)) })
+                .map(move |output| (index, output))
+                .boxed()
+        });
+        Ok(Self { outputs: stream::select_all(streams), usage: Usage::new(prompt_tokens) })
+    }
+
+    /// The next output of any sequence, with the sequence's index; `None` when all have ended.
+    pub(super) async fn next(&mut self) -> Option<Result<(usize, Output), ApiError>> {
+        let (index, output) = self.outputs.next().await?;
+        if let Ok(Output::Delta(delta)) = &output {
+            if delta.token.is_some() {
+                self.usage.add_token();
+            }
+            if let Some(finish) = &delta.finish {
+                self.usage.add_cached(finish.cached_tokens);
+            }
+        }
+        Some(output.map(|output| (index, output)))
+    }
+
+    /// Token counts so far.
+    pub(super) fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+struct RunningSequence {
+    model: Arc<ServedModel>,
+    telemetry: Arc<Telemetry>,
+    events: UnboundedReceiver<TokenEvent>,
+    /// `None`: the model has no tokenizer, and the text is empty.
+    detokenizer: Option<Detokenizer>,
+    matcher: StopMatcher,
+    include_stop: bool,
+    stop: crate::engine::StopConditions,
+    /// Tokens so far.
+    generated: usize,
+    /// Characters of detokenized text so far, held ones included.
+    characters: usize,
+    ended: bool,
+}
+
+impl RunningSequence {
+    async fn next(&mut self) -> Option<Result<Output, ApiError>> {
+        if self.ended {
+            return None;
+        }
+        let output = match self.events.recv().await {
+            Some(TokenEvent::Prompt(logprobs)) => Ok(Output::Prompt(logprobs)),
+            Some(TokenEvent::Token { id, logprobs }) => self.token(id, logprobs).await.map(Output::Delta),
+            Some(TokenEvent::Finished { reason, usage }) => {
+                self.finish(reason, usage.cached_tokens, Delta::default()).map(Output::Delta)
+            }
+            None => Err(self.engine_died()),
+        };
+        if output.is_err() {
+            self.end(Outcome::Error);
+        }
+        Some(output)
+    }
+
+    async fn token(&mut self, id: u32, logprobs: Option<TokenLogprobs>) -> Result<Delta, ApiError> {
+        self.generated += 1;
+        let text_offset = self.characters;
+        let ends = self.stop.eos_token_ids.contains(&id) || self.stop.stop_token_ids.contains(&id);
+        // The token that ends a text is not part of it.
+        let piece = match (&mut self.detokenizer, &self.model.tokenizer) {
+            (Some(detokenizer), Some(tokenizer)) if !ends || self.include_stop => {
+                detokenizer.push(tokenizer, id)
+            }
+            _ => String::new(),
+        };
+        self.characters += piece.chars().count();
+        let mut delta =
+            Delta { token: Some(GeneratedToken { id, text_offset, logprobs }), ..Delta::default() };
+        if self.generated <= self.stop.min_tokens {
+            delta.text = self.matcher.pass(&piece);
+        } else if let Some(finish) = self.push_text(&piece, &mut delta.text) {
+            self.end(Outcome::Stop);
+            delta.finish = Some(finish);
+            return Ok(delta);
+        }
+        if !ends && self.generated < self.stop.max_tokens {
+            return Ok(delta);
+        }
+        // The engine tells of the end together with the last token; so do we.
+        match self.events.recv().await {
+            Some(TokenEvent::Finished { reason, usage }) => self.finish(reason, usage.cached_tokens, delta),
+            Some(other) => {
+                tracing::error!(?other, "the engine went on after a sequence's last token");
+                Err(self.engine_died())
+            }
+            None => Err(self.engine_died()),
+        }
+    }
+
+    /// Adds what may be shown of `piece` to `text`; the end, if a stop string was found.
+    fn push_text(&mut self, piece: &str, text: &mut String) -> Option<Finish> {
+        let (shown, hit) = self.matcher.push(piece);
+        text.push_str(&shown);
+        let stop = self.matcher.stop(&hit?).to_owned();
+        // Nothing more is read: the engine notices and drops the sequence.
+        self.events.close();
+        Some(Finish { reason: "stop", stop_reason: Some(StopReason::Text(stop)), cached_tokens: 0 })
+    }
+
+    fn finish(
+        &mut self,
+        reason: FinishReason,
+        cached_tokens: usize,
+        mut delta: Delta,
+    ) -> Result<Delta, ApiError> {
+        let rest = match (&mut self.detokenizer, &self.model.tokenizer) {
+            (Some(detokenizer), Some(tokenizer)) => detokenizer.finish(tokenizer),
+            _ => String::new(),
+        };
+        if let Some(finish) = self.push_text(&rest, &mut delta.text) {
+            self.end(Outcome::Stop);
+            delta.finish = Some(Finish { cached_tokens, ..finish });
+            return Ok(delta);
+        }
+        delta.text.push_str(&self.matcher.finish());
+        let (outcome, reason, stop_reason) = match reason {
+            FinishReason::Length => (Outcome::Length, "length", None),
+            FinishReason::Eos => (Outcome::Stop, "stop", None),
+            FinishReason::StopToken(id) => (Outcome::Stop, "stop", Some(StopReason::Token(id))),
+            FinishReason::Aborted => return Err(ApiError::ShuttingDown),
+        };
+        self.end(outcome);
+        delta.finish = Some(Finish { reason, stop_reason, cached_tokens });
+        Ok(delta)
+    }
+
+    fn engine_died(&self) -> ApiError {
+        ApiError::Internal("the engine has died; the answer is lost".to_owned())
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.ended = true;
+        self.telemetry.finished(outcome);
+    }
+}
+
+/// A sequence that is dropped before its end: the client went away.
+impl Drop for RunningSequence {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.telemetry.finished(Outcome::Abort);
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Request bodies: JSON, whatever the content type says, with errors that name the field.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::App;
+use super::error::ApiError;
+
+/// A request body that is a JSON object. The parts of a request are read from it one struct at a time, so that
+/// endpoints share them and each error has the path of its field.
+#[derive(Debug)]
+pub(super) struct JsonBody(Value);
+
+impl JsonBody {
+    /// Parses a body.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, ApiError> {
+        let bad = |message: String| ApiError::BadRequest { message, param: None };
+        let value: Value = serde_json::from_slice(bytes)
+            .map_err(|e| bad(format!("the request body is not valid JSON: {e}")))?;
+        if value.is_object() {
+            Ok(Self(value))
+        } else {
+            Err(bad("the request body must be a JSON object".to_owned()))
+        }
+    }
+
+    /// The fields that `T` has; all others are ignored here.
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        serde_path_to_error::deserialize(&self.0).map_err(|e| {
+            let path = e.path().to_string();
+            match path.as_str() {
+                "." => {
+                    ApiError::BadRequest { param: missing_field(e.inner()), message: e.inner().to_string() }
+                }
+                _ => ApiError::field(path.as_str(), format!("{path}: {}", e.inner())),
+            }
+        })
+    }
+
+    /// One field.
+    pub(super) fn get(&self, field: &str) -> Option<&Value> {
+        self.0.get(field)
+    }
+}
+
+/// The field of serde's "missing field `prompt`".
+fn missing_field(error: &serde_json::Error) -> Option<String> {
+    let message = error.to_string();
+    let (name, _) = message.strip_prefix("missing field `")?.split_once('`')?;
+    Some(name.to_owned())
+}
+
+impl FromRequest<Arc<App>> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        let bytes = Bytes::from_request(request, app).await.map_err(|rejection| {
+            let message = rejection.body_text();
+            match rejection.into_response().status() {
+                StatusCode::PAYLOAD_TOO_LARGE => {
+                    ApiError::BodyTooLarge { limit: app.config().max_body_bytes }
+                }
+                _ => ApiError::BadRequest { message, param: None },
+            }
+        })?;
+        Self::from_bytes(&bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, serde::Deserialize)]
+    #[allow(dead_code, reason = "only its parsing is of interest")]
+    struct Fields {
+        prompt: String,
+        stream_options: Option<Options>,
+    }
+
+    #[derive(Debug, serde::Deserialize)]
+    #[allow(dead_code, reason = "only its parsing is of interest")]
+    struct Options {
+        include_usage: Option<bool>,
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let cases = [
+            (r#"{"prompt": 1}"#, Some("prompt")),
+            (
+                r#"{"prompt": "a", "stream_options": {"include_usage": "yes"}}"#,
+                Some("stream_options.include_usage"),
+            ),
+            ("{}", Some("prompt")),
+        ];
+        for (body, field) in cases {
+            let error = JsonBody::from_bytes(body.as_bytes()).unwrap().read::<Fields>().unwrap_err();
+            let ApiError::BadRequest { param, message } = error else { panic!("{error:?}") };
+            assert_eq!(param.as_deref(), field, "{message}");
+        }
+        let body = r#"{"prompt": "a", "unknown": 1, "stream_options": null}"#;
+        JsonBody::from_bytes(body.as_bytes()).unwrap().read::<Fields>().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        for body in ["", "{", "[1]", "\"text\"", "{\"a\": 1} x"] {
+            assert!(
+                matches!(JsonBody::from_bytes(body.as_bytes()), Err(ApiError::BadRequest { .. })),
+                "{body}"
+            );
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! `GET /load`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+
+use super::App;
+
+#[derive(Debug, Serialize)]
+pub(super) struct Load {
+    server_load: usize,
+}
+
+/// `GET /load`: sequences in the engine, running and waiting; routers send the next request to the lowest.
+pub(super) async fn load(State(app): State<Arc<App>>) -> Json<Load> {
+    let stats = app.loaded().map(|model| model.engine.stats()).unwrap_or_default();
+    Json(Load { server_load: stats.running + stats.waiting })
+}

@@ -1,0 +1,100 @@
+//! The HTTP API: one endpoint per file, with its fields, its handler and its tests.
+
+mod app;
+mod auth;
+mod chat;
+mod chat_messages;
+mod completions;
+mod detokenize;
+mod error;
+mod generation;
+mod health;
+mod json;
+mod load;
+mod logprobs;
+mod metrics;
+mod models;
+mod prompt;
+mod request_id;
+mod sampling;
+mod served;
+mod sse;
+mod tokenize;
+mod tokenizer_info;
+mod unsupported;
+mod usage;
+mod version;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{HeaderValue, Method, Uri};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+
+pub use app::App;
+pub use error::ApiError;
+
+/// Every route of the server.
+pub fn router(app: Arc<App>) -> Router {
+    let config = app.config();
+    let (max_body_bytes, cors) = (config.max_body_bytes, cors(&config.allowed_origins));
+    Router::new()
+        .route("/v1/completions", post(completions::complete))
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::one))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(detokenize::detokenize))
+        .route("/tokenizer_info", get(tokenizer_info::tokenizer_info))
+        .route("/health", get(health::health))
+        .route("/ping", get(health::health).post(health::health))
+        .route("/version", get(version::version))
+        .route("/metrics", get(metrics::metrics))
+        .route("/load", get(load::load))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(from_fn_with_state(Arc::clone(&app), auth::authorize))
+        .layer(from_fn_with_state(Arc::clone(&app), request_id::identify))
+        .layer(cors)
+        .with_state(app)
+}
+
+async fn unknown_route(uri: Uri) -> ApiError {
+    ApiError::UnknownRoute(uri.path().to_owned())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::MethodNotAllowed(format!("{method} {}", uri.path()))
+}
+
+/// Lets browsers at these origins call; none: no header at all, so that browsers keep to their default.
+fn cors(origins: &[String]) -> CorsLayer {
+    let layer = CorsLayer::new();
+    if origins.is_empty() {
+        return layer;
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::from(Any)
+    } else {
+        AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
+    };
+    layer.allow_origin(allowed).allow_methods(Any).allow_headers(Any)
+}
+
+/// Seconds since 1970.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Runs work that takes the processor for long (a long text to tokenize) where it holds up no other request.
+async fn off_the_reactor<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let result = tokio::task::spawn_blocking(work).await;
+    result.unwrap_or_else(|e| Err(ApiError::Internal(format!("a request's preparation failed: {e}"))))
+}

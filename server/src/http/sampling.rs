@@ -1,0 +1,376 @@
+//! The fields that completions and chats share: how tokens are chosen, and when to stop.
+
+use std::collections::BTreeMap;
+
+use models::GenerationConfig;
+use serde::Deserialize;
+
+use super::error::ApiError;
+use crate::engine::{Sampling, StopConditions};
+
+/// The most alternatives that log-probabilities may be asked for.
+pub(super) const MAX_LOGPROBS: usize = 20;
+
+/// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
+const GREEDY_BELOW: f32 = 1e-5;
+
+/// As sent. All are optional, and `null` is the same as absent.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct SamplingFields {
+    n: Option<usize>,
+    best_of: Option<usize>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    seed: Option<i64>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    repetition_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    allowed_token_ids: Option<Vec<u32>>,
+    stop: Option<StopField>,
+    stop_token_ids: Option<Vec<u32>>,
+    include_stop_str_in_output: Option<bool>,
+    ignore_eos: Option<bool>,
+    min_tokens: Option<usize>,
+    skip_special_tokens: Option<bool>,
+    prompt_logprobs: Option<i64>,
+    return_token_ids: Option<bool>,
+    return_tokens_as_token_ids: Option<bool>,
+    truncate_prompt_tokens: Option<i64>,
+}
+
+/// `stop`: one string or several.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum StopField {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// What a model brings to the checks and defaults.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ModelFacts<'a> {
+    /// Token ids are below this.
+    pub(super) vocab_size: usize,
+    /// Most tokens of a sequence.
+    pub(super) max_model_len: usize,
+    /// Whether stop strings can be looked for.
+    pub(super) has_tokenizer: bool,
+    /// Defaults of the sampling parameters, and the end-of-sequence tokens.
+    pub(super) defaults: &'a GenerationConfig,
+}
+
+/// What the fields mean.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct SamplingPlan {
+    /// Sequences per prompt.
+    pub(super) n: usize,
+    /// For the first sequence of a prompt; the others have a seed of their own.
+    pub(super) sampling: Sampling,
+    /// Without `max_tokens`, which depends on the prompt.
+    pub(super) stop: StopConditions,
+    /// Strings that end the text.
+    pub(super) stop_strings: Vec<String>,
+    /// Whether the stop string or token belongs to the text.
+    pub(super) include_stop: bool,
+    /// Whether special tokens are left out of the text.
+    pub(super) skip_special_tokens: bool,
+    /// Alternatives reported for each prompt token.
+    pub(super) prompt_logprobs: Option<usize>,
+    /// Whether token ids are reported.
+    pub(super) return_token_ids: bool,
+    /// Whether log-probabilities name tokens `token_id:N`.
+    pub(super) tokens_as_ids: bool,
+    /// Keep only this many of the prompt's last tokens.
+    pub(super) truncate_prompt: Option<usize>,
+}
+
+impl SamplingFields {
+    /// Checks the fields and fills in the model's defaults.
+    pub(super) fn plan(self, model: ModelFacts<'_>) -> Result<SamplingPlan, ApiError> {
+        let n = self.n.unwrap_or(1);
+        require("n", n >= 1, "at least 1")?;
+        require(
+            "best_of",
+            self.best_of.is_none_or(|best_of| best_of == n),
+            "equal to n: nothing is left out",
+        )?;
+        let sampling = self.sampling(model)?;
+        let stop_token_ids = self.stop_token_ids.unwrap_or_default();
+        require_in_vocabulary("stop_token_ids", &stop_token_ids, model.vocab_size)?;
+        let stop = StopConditions {
+            max_tokens: 0,
+            min_tokens: self.min_tokens.unwrap_or(0),
+            eos_token_ids: match self.ignore_eos {
+                Some(true) => Vec::new(),
+                _ => model.defaults.eos_token_ids.clone(),
+            },
+            stop_token_ids,
+        };
+        let stop_strings = match self.stop {
+            None => Vec::new(),
+            Some(StopField::One(stop)) => vec![stop],
+            Some(StopField::Many(stops)) => stops,
+        };
+        require("stop", stop_strings.iter().all(|stop| !stop.is_empty()), "strings that are not empty")?;
+        require(
+            "stop",
+            stop_strings.is_empty() || model.has_tokenizer,
+            "absent: this model has no tokenizer, so there is no text to look in; use stop_token_ids",
+        )?;
+        Ok(SamplingPlan {
+            n,
+            sampling,
+            stop,
+            stop_strings,
+            include_stop: self.include_stop_str_in_output.unwrap_or(false),
+            skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
+            prompt_logprobs: self.prompt_logprobs.map(|k| logprobs("prompt_logprobs", k)).transpose()?,
+            return_token_ids: self.return_token_ids.unwrap_or(false),
+            tokens_as_ids: self.return_tokens_as_token_ids.unwrap_or(false),
+            truncate_prompt: match self.truncate_prompt_tokens {
+                None => None,
+                Some(-1) => Some(model.max_model_len.saturating_sub(1)),
+                Some(k) => {
+                    let k = usize::try_from(k).ok().filter(|k| (1..=model.max_model_len).contains(k));
+                    let range =
+                        || out_of_range("truncate_prompt_tokens", "-1, or from 1 to the context's length");
+                    Some(k.ok_or_else(range)?)
+                }
+            },
+        })
+    }
+
+    fn sampling(&self, model: ModelFacts<'_>) -> Result<Sampling, ApiError> {
+        let defaults = model.defaults;
+        let neutral = Sampling::default();
+        let temperature = self.temperature.or(defaults.temperature).unwrap_or(neutral.temperature);
+        require("temperature", temperature.is_finite() && temperature >= 0.0, "0 or more")?;
+        let top_p = self.top_p.or(defaults.top_p).unwrap_or(neutral.top_p);
+        require("top_p", top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
+        let min_p = self.min_p.or(defaults.min_p).unwrap_or(neutral.min_p);
+        require("min_p", (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
+        let top_k = match self.top_k {
+            None => defaults.top_k,
+            Some(-1 | 0) => None,
+            Some(k) if k > 0 => Some(u32::try_from(k).unwrap_or(u32::MAX)),
+            Some(_) => return Err(out_of_range("top_k", "at least 1, or -1 or 0 for no limit")),
+        };
+        let presence_penalty = self.presence_penalty.unwrap_or(0.0);
+        require("presence_penalty", (-2.0..=2.0).contains(&presence_penalty), "from -2 to 2")?;
+        let frequency_penalty = self.frequency_penalty.unwrap_or(0.0);
+        require("frequency_penalty", (-2.0..=2.0).contains(&frequency_penalty), "from -2 to 2")?;
+        let repetition_penalty = self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0);
+        require("repetition_penalty", repetition_penalty.is_finite() && repetition_penalty > 0.0, "above 0")?;
+        if let Some(allowed) = &self.allowed_token_ids {
+            require("allowed_token_ids", !allowed.is_empty(), "a list that is not empty")?;
+            require_in_vocabulary("allowed_token_ids", allowed, model.vocab_size)?;
+        }
+        Ok(Sampling {
+            temperature: if temperature < GREEDY_BELOW { 0.0 } else { temperature },
+            top_k,
+            top_p,
+            min_p,
+            // Any integer is a seed; only that equal ones are equal matters.
+            seed: self.seed.map_or_else(|| fastrand::u64(..), i64::cast_unsigned),
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logit_bias: self.logit_bias(model.vocab_size)?,
+            allowed_token_ids: self.allowed_token_ids.clone(),
+        })
+    }
+
+    fn logit_bias(&self, vocab_size: usize) -> Result<Vec<(u32, f32)>, ApiError> {
+        let given = self.logit_bias.iter().flatten();
+        given
+            .map(|(key, &bias)| {
+                let id = key.parse::<u32>().ok().filter(|&id| (id as usize) < vocab_size);
+                let id = id.ok_or_else(|| {
+                    let message =
+                        format!("logit_bias: '{key}' is no token id of this model (0 to {})", vocab_size - 1);
+                    ApiError::field("logit_bias", message)
+                })?;
+                require("logit_bias", (-100.0..=100.0).contains(&bias), "from -100 to 100 for each token")?;
+                Ok((id, bias))
+            })
+            .collect()
+    }
+}
+
+impl SamplingPlan {
+    /// The sampling of sequence `index` of a prompt.
+    pub(super) fn sampling_of(&self, index: usize) -> Sampling {
+        Sampling { seed: self.sampling.seed.wrapping_add(index as u64), ..self.sampling.clone() }
+    }
+
+    /// The stop conditions of a prompt of `prompt_len` tokens: `max_tokens` is cut to what the context holds.
+    pub(super) fn stop_for(
+        &self,
+        prompt_len: usize,
+        max_tokens: Option<usize>,
+        max_model_len: usize,
+    ) -> Result<StopConditions, ApiError> {
+        let room = max_model_len.saturating_sub(prompt_len);
+        if room < max_tokens.unwrap_or(1).min(1) || prompt_len > max_model_len {
+            let message = format!(
+                "the prompt has {prompt_len} tokens; this model's context holds {max_model_len}, prompt and answer together"
+            );
+            return Err(ApiError::field("prompt", message));
+        }
+        let max_tokens = max_tokens.unwrap_or(room).min(room);
+        require(
+            "min_tokens",
+            self.stop.min_tokens <= max_tokens,
+            &format!("at most max_tokens, {max_tokens} here"),
+        )?;
+        Ok(StopConditions { max_tokens, ..self.stop.clone() })
+    }
+}
+
+/// A number of alternatives.
+pub(super) fn logprobs(field: &'static str, k: i64) -> Result<usize, ApiError> {
+    let k = usize::try_from(k).ok().filter(|&k| k <= MAX_LOGPROBS);
+    k.ok_or_else(|| out_of_range(field, &format!("from 0 to {MAX_LOGPROBS}")))
+}
+
+/// Token ids that a client sent.
+pub(super) fn require_in_vocabulary(
+    field: &'static str,
+    ids: &[u32],
+    vocab_size: usize,
+) -> Result<(), ApiError> {
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(id) => {
+            let message = format!("{field}: {id} is no token id of this model (0 to {})", vocab_size - 1);
+            Err(ApiError::field(field, message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses `field` unless `ok`, saying what it must be.
+pub(super) fn require(field: &'static str, ok: bool, expected: &str) -> Result<(), ApiError> {
+    if ok { Ok(()) } else { Err(out_of_range(field, expected)) }
+}
+
+fn out_of_range(field: &'static str, expected: &str) -> ApiError {
+    ApiError::field(field, format!("{field} must be {expected}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn plan_with(fields: Value, defaults: &GenerationConfig) -> Result<SamplingPlan, ApiError> {
+        let model = ModelFacts { vocab_size: 100, max_model_len: 64, has_tokenizer: true, defaults };
+        serde_json::from_value::<SamplingFields>(fields).unwrap().plan(model)
+    }
+
+    fn plan(fields: Value) -> Result<SamplingPlan, ApiError> {
+        plan_with(fields, &GenerationConfig { eos_token_ids: vec![2], ..GenerationConfig::default() })
+    }
+
+    #[test]
+    fn ranges_are_checked_and_the_field_is_named() {
+        let cases = [
+            ("n", json!(0)),
+            ("best_of", json!(2)),
+            ("temperature", json!(-0.1)),
+            ("temperature", json!(1e39)),
+            ("top_p", json!(0)),
+            ("top_p", json!(1.1)),
+            ("top_k", json!(-2)),
+            ("min_p", json!(1.5)),
+            ("presence_penalty", json!(2.5)),
+            ("frequency_penalty", json!(-3)),
+            ("repetition_penalty", json!(0)),
+            ("logit_bias", json!({"100": 1})),
+            ("logit_bias", json!({"x": 1})),
+            ("logit_bias", json!({"1": 101})),
+            ("allowed_token_ids", json!([])),
+            ("allowed_token_ids", json!([100])),
+            ("stop", json!("")),
+            ("stop", json!(["a", ""])),
+            ("stop_token_ids", json!([100])),
+            ("prompt_logprobs", json!(21)),
+            ("prompt_logprobs", json!(-1)),
+            ("truncate_prompt_tokens", json!(0)),
+            ("truncate_prompt_tokens", json!(65)),
+        ];
+        for (field, value) in cases {
+            let mut fields = json!({});
+            fields[field] = value.clone();
+            let error = plan(fields).unwrap_err();
+            assert!(
+                matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field),
+                "{field} {value}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn null_is_absent_and_zero_means_off() {
+        let all_null = json!({"n": null, "temperature": null, "stop": null, "seed": null, "top_k": null});
+        let plan_null = plan(all_null).unwrap();
+        assert_eq!((plan_null.n, plan_null.sampling.temperature, plan_null.stop_strings.len()), (1, 1.0, 0));
+        for off in [-1, 0] {
+            assert_eq!(plan(json!({"top_k": off})).unwrap().sampling.top_k, None);
+        }
+        assert_eq!(plan(json!({"temperature": 1e-6})).unwrap().sampling.temperature, 0.0);
+    }
+
+    #[test]
+    fn seeds() {
+        let seeded = plan(json!({"seed": -1})).unwrap();
+        assert_eq!(seeded.sampling.seed, u64::MAX);
+        assert_eq!(seeded.sampling_of(0).seed, u64::MAX);
+        assert_eq!(seeded.sampling_of(1).seed, 0);
+        let random = [plan(json!({})).unwrap(), plan(json!({})).unwrap()];
+        assert_ne!(random[0].sampling.seed, random[1].sampling.seed);
+    }
+
+    #[test]
+    fn the_models_defaults_yield_to_the_request() {
+        let defaults =
+            GenerationConfig { temperature: Some(0.6), top_k: Some(20), ..GenerationConfig::default() };
+        let sampling = plan_with(json!({}), &defaults).unwrap().sampling;
+        assert_eq!((sampling.temperature, sampling.top_k), (0.6, Some(20)));
+        let sampling = plan_with(json!({"temperature": 0, "top_k": -1}), &defaults).unwrap().sampling;
+        assert_eq!((sampling.temperature, sampling.top_k), (0.0, None));
+    }
+
+    #[test]
+    fn ends() {
+        assert_eq!(plan(json!({})).unwrap().stop.eos_token_ids, [2]);
+        let ignoring = plan(json!({"ignore_eos": true, "stop_token_ids": [5], "stop": "x"})).unwrap();
+        assert!(ignoring.stop.eos_token_ids.is_empty());
+        assert_eq!((ignoring.stop.stop_token_ids, ignoring.stop_strings), (vec![5], vec!["x".to_owned()]));
+    }
+
+    #[test]
+    fn the_context_bounds_the_answer() {
+        let plan = plan(json!({"min_tokens": 2})).unwrap();
+        assert_eq!(plan.stop_for(60, Some(16), 64).unwrap().max_tokens, 4);
+        assert_eq!(plan.stop_for(60, None, 64).unwrap().max_tokens, 4);
+        let param = |result: Result<StopConditions, ApiError>| match result.unwrap_err() {
+            ApiError::BadRequest { param, .. } => param.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(param(plan.stop_for(64, Some(16), 64)), "prompt");
+        assert_eq!(param(plan.stop_for(64, None, 64)), "prompt");
+        assert_eq!(param(plan.stop_for(65, Some(0), 64)), "prompt");
+        assert_eq!(param(plan.stop_for(10, Some(1), 64)), "min_tokens");
+    }
+
+    #[test]
+    fn a_full_context_can_be_scored() {
+        let plan = plan(json!({})).unwrap();
+        assert_eq!(plan.stop_for(64, Some(0), 64).unwrap().max_tokens, 0);
+    }
+}

@@ -1,0 +1,78 @@
+//! What requests ask of a model, with errors for clients.
+
+use super::error::ApiError;
+use super::sampling::ModelFacts;
+use crate::model::ServedModel;
+use crate::tokenizer::{ChatTemplate, Encoded, Tokenizer};
+
+impl ServedModel {
+    /// Token ids are below this.
+    pub(super) fn vocab_size(&self) -> usize {
+        self.engine.info().vocab_size
+    }
+
+    /// Most tokens of a sequence, prompt and answer together.
+    pub(super) fn max_model_len(&self) -> usize {
+        self.engine.info().max_model_len
+    }
+
+    /// What sampling fields are checked against.
+    pub(super) fn facts(&self) -> ModelFacts<'_> {
+        ModelFacts {
+            vocab_size: self.vocab_size(),
+            max_model_len: self.max_model_len(),
+            has_tokenizer: self.tokenizer.is_some(),
+            defaults: &self.defaults,
+        }
+    }
+
+    /// The name by which a request calls this model; the main one when it does not say.
+    pub(super) fn resolve_name(&self, asked: Option<&str>) -> Result<&str, ApiError> {
+        let name = match asked {
+            None => self.names.first(),
+            Some(asked) => self.names.iter().find(|name| *name == asked),
+        };
+        name.map(String::as_str).ok_or_else(|| ApiError::UnknownModel(asked.unwrap_or_default().to_owned()))
+    }
+
+    /// Refuses a request of more sequences than this server ever has at a time; waiting would not help it.
+    pub(super) fn require_capacity(&self, sequences: usize) -> Result<(), ApiError> {
+        if sequences <= self.max_sequences {
+            return Ok(());
+        }
+        let message = format!(
+            "n times the prompts are {sequences} sequences; this server takes {}",
+            self.max_sequences
+        );
+        Err(ApiError::field("n", message))
+    }
+
+    /// The tokenizer.
+    pub(super) fn tokenizer(&self) -> Result<&Tokenizer, ApiError> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            let message = "this model has no tokenizer; it takes token ids, at /v1/completions";
+            ApiError::BadRequest { message: message.to_owned(), param: None }
+        })
+    }
+
+    /// Token ids of the text in `field`.
+    pub(super) fn encode(
+        &self,
+        field: &'static str,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<Encoded, ApiError> {
+        let tokenizer = self.tokenizer().map_err(|error| ApiError::field(field, error.to_string()))?;
+        let encoded = tokenizer
+            .encode(text, add_special_tokens)
+            .map_err(|error| ApiError::field(field, format!("{field} cannot be tokenized: {error}")))?;
+        // A tokenizer may have more tokens than the model has rows.
+        super::sampling::require_in_vocabulary(field, &encoded.ids, self.vocab_size())?;
+        Ok(encoded)
+    }
+
+    /// The chat template.
+    pub(super) fn chat_template(&self) -> Result<&ChatTemplate, ApiError> {
+        self.chat_template.as_ref().map_err(|why| ApiError::field("messages", why.as_str()))
+    }
+}

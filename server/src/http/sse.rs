@@ -1,0 +1,37 @@
+//! Answers as server-sent events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream::{self, Stream, StreamExt};
+use serde::Serialize;
+
+use super::error::ApiError;
+
+/// Proxies close connections that are silent for long; a comment is ignored by clients and keeps them open.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Streams `chunks`, an event each, and `[DONE]`. An error ends the stream with its body as an event.
+pub(super) fn respond<T, S>(chunks: S) -> Response
+where
+    T: Serialize,
+    S: Stream<Item = Result<T, ApiError>> + Send + 'static,
+{
+    let events = chunks.map(|chunk| match chunk {
+        Ok(chunk) => event(&chunk),
+        Err(error) => event(&error.body()),
+    });
+    let done = stream::once(async { Event::default().data("[DONE]") });
+    let events = events.chain(done).map(Ok::<_, Infallible>);
+    Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")).into_response()
+}
+
+fn event(chunk: &impl Serialize) -> Event {
+    // Only a map with keys that are no strings cannot be written, and the wire has none.
+    Event::default().data(serde_json::to_string(chunk).unwrap_or_else(|e| {
+        tracing::error!("a chunk cannot be written as JSON: {e}");
+        "{}".to_owned()
+    }))
+}

@@ -1,0 +1,118 @@
+//! Fields that this server understands and cannot honour: refused by name, never ignored.
+
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::json::JsonBody;
+
+/// A field, and the values (as JSON) with which it asks for nothing. `null` always does.
+type Row = (&'static str, &'static [&'static str]);
+
+const EVERYWHERE: &[Row] = &[
+    ("response_format", &[r#"{"type":"text"}"#]),
+    ("structured_outputs", &[]),
+    ("guided_json", &[]),
+    ("guided_regex", &[]),
+    ("guided_choice", &[]),
+    ("guided_grammar", &[]),
+    ("bad_words", &["[]"]),
+    ("logits_processors", &["[]"]),
+    ("use_beam_search", &["false"]),
+    ("length_penalty", &["1"]),
+    ("priority", &["0"]),
+    ("kv_transfer_params", &[]),
+];
+
+const COMPLETIONS: &[Row] = &[("suffix", &[r#""""#]), ("prompt_embeds", &[])];
+
+const CHAT: &[Row] = &[
+    ("tools", &["[]"]),
+    ("tool_choice", &[r#""none""#]),
+    ("functions", &["[]"]),
+    ("function_call", &[r#""none""#]),
+    ("echo", &["false"]),
+    ("chat_template", &[]),
+    ("documents", &["[]"]),
+    ("modalities", &[r#"["text"]"#]),
+    ("audio", &[]),
+    ("prediction", &[]),
+    ("web_search_options", &[]),
+    ("mm_processor_kwargs", &["{}"]),
+];
+
+/// Refuses a completion that asks for what is not there.
+pub(super) fn check_completion(body: &JsonBody) -> Result<(), ApiError> {
+    check(body, EVERYWHERE.iter().chain(COMPLETIONS))
+}
+
+/// As [`check_completion`], for a chat.
+pub(super) fn check_chat(body: &JsonBody) -> Result<(), ApiError> {
+    check(body, EVERYWHERE.iter().chain(CHAT))
+}
+
+fn check<'a>(body: &JsonBody, rows: impl Iterator<Item = &'a Row>) -> Result<(), ApiError> {
+    for (field, neutral) in rows {
+        if let Some(value) = body.get(field)
+            && !value.is_null()
+            && !neutral.iter().any(|json| same(value, json))
+        {
+            return Err(ApiError::field(*field, format!("{field} is not supported by this server")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether `value` is what `json` says; 1 and 1.0 are the same.
+fn same(value: &Value, json: &str) -> bool {
+    serde_json::from_str(json).is_ok_and(|other: Value| match (value.as_f64(), other.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => *value == other,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(json: &str) -> JsonBody {
+        JsonBody::from_bytes(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_accepted() {
+        let json = r#"{"response_format": {"type": "text"}, "bad_words": [], "length_penalty": 1.0, "priority": 0,
+            "suffix": null, "tools": [], "use_beam_search": false, "tool_choice": "none", "anything": 1}"#;
+        check_completion(&body(json)).unwrap();
+        check_chat(&body(json)).unwrap();
+    }
+
+    #[test]
+    fn what_asks_for_something_is_named() {
+        let cases = [
+            ("response_format", r#"{"type": "json_object"}"#),
+            ("structured_outputs", r#"{"choice": ["a"]}"#),
+            ("bad_words", r#"["x"]"#),
+            ("priority", "1"),
+            ("tools", r#"[{"type": "function"}]"#),
+            ("tool_choice", r#""auto""#),
+            ("echo", "true"),
+        ];
+        for (field, value) in cases {
+            let error = check_chat(&body(&format!("{{\"{field}\": {value}}}"))).unwrap_err();
+            assert!(
+                matches!(&error, ApiError::BadRequest { param: Some(param), .. } if param == field),
+                "{error:?}"
+            );
+        }
+        assert!(check_completion(&body(r#"{"suffix": "x"}"#)).is_err());
+    }
+
+    #[test]
+    fn the_rows_are_json() {
+        for (field, neutral) in EVERYWHERE.iter().chain(COMPLETIONS).chain(CHAT) {
+            for json in *neutral {
+                serde_json::from_str::<Value>(json).unwrap_or_else(|e| panic!("{field}: {e}"));
+            }
+        }
+    }
+}

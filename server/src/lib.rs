@@ -1,0 +1,13 @@
+//! `mxserve`: serves models in MX formats over an OpenAI-style HTTP API.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod demo;
+pub mod engine;
+pub mod http;
+pub mod model;
+pub mod serve;
+mod startup;
+pub mod telemetry;
+pub mod tokenizer;

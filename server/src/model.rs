@@ -1,0 +1,170 @@
+//! A loaded model as HTTP sees it: an engine, a tokenizer, a chat template, names and defaults.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use config::{GenerationConfig as DefaultsFrom, KvCacheDtype as DtypeChoice, ServerConfig};
+use kernels::Device;
+use models::checkpoint::{Checkpoint, CheckpointError};
+use models::{ConfigError, GenerationConfig, ModelConfig, ModelError};
+
+use crate::engine::{EngineError, EngineHandle, EngineOptions, KvCacheDtype, KvCacheSize};
+use crate::telemetry::{EngineMetrics, Telemetry};
+use crate::tokenizer::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The folder is not there.
+    #[error("{}: no such folder", .0.display())]
+    NoFolder(std::path::PathBuf),
+    /// The path is a file.
+    #[error("{}: not a folder; mxserve takes a Hugging Face folder (mxconvert makes one of a GGUF file)", .0.display())]
+    NotAFolder(std::path::PathBuf),
+    /// `config.json` or the weights' files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// `config.json` or `generation_config.json` says what this server does not do.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tokenizer's files.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The file given as `--chat-template`.
+    #[error("--chat-template: {0}")]
+    Template(#[from] TemplateError),
+    /// `--chat-template` for a model without a tokenizer.
+    #[error("--chat-template has no effect: {} has no tokenizer.json", .0.display())]
+    TemplateWithoutTokenizer(std::path::PathBuf),
+    /// The device, the weights, or the sizes.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// What can go wrong on the engine's thread.
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error(transparent)]
+    Device(#[from] kernels::Error),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub struct ServedModel {
+    /// Names that requests may use; the first one is the main one.
+    pub(crate) names: Vec<String>,
+    /// The folder, as it was given.
+    pub(crate) root: String,
+    /// When it was loaded, in seconds since 1970.
+    pub(crate) created: u64,
+    /// What runs it.
+    pub(crate) engine: EngineHandle,
+    /// Sequences that the engine takes at a time, running and waiting.
+    pub(crate) max_sequences: usize,
+    /// `None`: prompts are token ids, answers have no text.
+    pub(crate) tokenizer: Option<Tokenizer>,
+    /// Or why there is none.
+    pub(crate) chat_template: Result<ChatTemplate, String>,
+    /// Defaults of the sampling parameters, and the end-of-sequence tokens.
+    pub(crate) defaults: GenerationConfig,
+}
+
+/// The names that requests may use for the model in `folder`.
+pub fn served_names(config: &ServerConfig, folder: &Path) -> Vec<String> {
+    if !config.served_model_name.is_empty() {
+        return config.served_model_name.clone();
+    }
+    let path = folder.display().to_string();
+    let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+    let mut names: Vec<String> = name.into_iter().chain([path]).collect();
+    names.dedup();
+    names
+}
+
+impl ServedModel {
+    /// Loads the model in `folder`; takes as long as reading it.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load(config: &ServerConfig, folder: &Path, telemetry: &Arc<Telemetry>) -> Result<Self, LoadError> {
+        if !folder.exists() {
+            return Err(LoadError::NoFolder(folder.to_owned()));
+        }
+        if !folder.is_dir() {
+            return Err(LoadError::NotAFolder(folder.to_owned()));
+        }
+        let checkpoint = Checkpoint::open(folder)?;
+        let model_config = ModelConfig::parse(checkpoint.config())?;
+        let tokenizer = Tokenizer::load(folder)?;
+        let chat_template = load_template(config, folder, tokenizer.as_ref())?;
+        let mut defaults = GenerationConfig::read(folder, &model_config)?;
+        if config.generation_config == DefaultsFrom::Vllm {
+            defaults =
+                GenerationConfig { eos_token_ids: defaults.eos_token_ids, ..GenerationConfig::default() };
+        }
+        // The only device so far; the configuration refuses any other choice.
+        let device = Device::Cpu { threads: config.threads };
+        let observer = Box::new(EngineMetrics::new(telemetry));
+        let engine = EngineHandle::start(engine_options(config), observer, move || {
+            let backend = kernels::open(device)?;
+            let model = models::load(backend.as_ref(), &checkpoint)?;
+            Ok::<_, OpenError>((backend, model))
+        })?;
+        Ok(Self {
+            names: served_names(config, folder),
+            root: folder.display().to_string(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            engine,
+            max_sequences: config.max_num_seqs.saturating_add(config.max_num_queued_reqs),
+            tokenizer,
+            chat_template,
+            defaults,
+        })
+    }
+}
+
+fn engine_options(config: &ServerConfig) -> EngineOptions {
+    let defaults = EngineOptions::default();
+    EngineOptions {
+        max_model_len: config.max_model_len,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_num_queued_reqs: config.max_num_queued_reqs,
+        kv_cache: config.kv_cache_memory_bytes.map_or(defaults.kv_cache, KvCacheSize::Bytes),
+        kv_cache_dtype: match config.kv_cache_dtype {
+            DtypeChoice::Auto => KvCacheDtype::Auto,
+            DtypeChoice::Bf16 => KvCacheDtype::Bf16,
+            DtypeChoice::F32 => KvCacheDtype::F32,
+        },
+    }
+}
+
+/// The chat template, or why there is none. A template that was asked for must work; the model's own may be beyond
+/// this Jinja, and then only chats are refused.
+fn load_template(
+    config: &ServerConfig,
+    folder: &Path,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Result<ChatTemplate, String>, LoadError> {
+    let file = config.chat_template.as_deref();
+    let Some(tokenizer) = tokenizer else {
+        return match file {
+            Some(_) => Err(LoadError::TemplateWithoutTokenizer(folder.to_owned())),
+            None => Ok(Err("this model has no tokenizer; it takes token ids, at /v1/completions".to_owned())),
+        };
+    };
+    match ChatTemplate::load(folder, tokenizer, file) {
+        Ok(Some(template)) => Ok(Ok(template)),
+        Ok(None) => {
+            Ok(Err("this model has no chat template; use /v1/completions, or --chat-template".to_owned()))
+        }
+        Err(error) if file.is_some() => Err(error.into()),
+        Err(error) => {
+            tracing::warn!("chats will be refused: {error}");
+            Ok(Err(format!("the model's chat template cannot be used: {error}")))
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The life of the server: bind, load, serve, drain, stop.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use config::ServerConfig;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::engine::EngineHandle;
+use crate::http::{App, router};
+use crate::model::{LoadError, ServedModel, served_names};
+use crate::startup;
+use crate::telemetry::Telemetry;
+
+/// How long connections may take to end after the last answer.
+const CLOSING_TIME: Duration = Duration::from_secs(5);
+
+/// Why the server did not serve, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// No model was named.
+    #[error("which model? mxserve MODEL, or `model` in the --config file; `mxserve demo` needs none")]
+    NoModel,
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why: another process has the port.
+        source: std::io::Error,
+    },
+    /// The model cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The network failed.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// Metrics cannot be made.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// A task of the server panicked.
+    #[error("a task of the server failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    /// The engine's thread ended by itself.
+    #[error("the engine has died")]
+    EngineDied,
+}
+
+/// Serves `config.model` until `stop` resolves; then takes no more requests, lets the running ones finish for as long
+/// as `shutdown_timeout` allows, and returns. `ready` is called with the address once requests are taken.
+///
+/// The port is bound first, so that a probe sees a server that is loading (`/health` is 503) rather than none.
+///
+/// # Errors
+/// See [`ServeError`].
+pub async fn serve(
+    config: ServerConfig,
+    stop: impl Future<Output = ()> + Send,
+    ready: impl FnOnce(SocketAddr, &ServedModel) + Send,
+) -> Result<(), ServeError> {
+    let folder = config.model.clone().ok_or(ServeError::NoModel)?;
+    let address = SocketAddr::new(config.host, config.port);
+    let bind = |source| ServeError::Bind { address, source };
+    let listener = TcpListener::bind(address).await.map_err(bind)?;
+    let address = listener.local_addr()?;
+
+    let name = served_names(&config, &folder).swap_remove(0);
+    let telemetry = Arc::new(Telemetry::new(&name)?);
+    let shutdown_timeout = config.shutdown_timeout;
+    let app = Arc::new(App::new(config, telemetry));
+    let (close, closed) = oneshot::channel::<()>();
+    let routes = router(Arc::clone(&app));
+    let server = async move {
+        let closing = async move {
+            // An error is the other end dropped: closing as well.
+            let _ = closed.await;
+        };
+        axum::serve(listener, routes).with_graceful_shutdown(closing).await
+    };
+    let mut server = tokio::spawn(server);
+    let mut stop = std::pin::pin!(stop);
+
+    let loading = {
+        let app = Arc::clone(&app);
+        tokio::task::spawn_blocking(move || ServedModel::load(app.config(), &folder, app.telemetry()))
+    };
+    let model = tokio::select! {
+        model = loading => Arc::new(model??),
+        () = &mut stop => return Ok(()),
+        ended = &mut server => return ended?.map_err(ServeError::Io),
+    };
+    ready(address, &model);
+    app.serve(Arc::clone(&model));
+
+    let died = tokio::select! {
+        () = &mut stop => false,
+        () = death(&model.engine) => true,
+        ended = &mut server => return ended?.map_err(ServeError::Io),
+    };
+    if died {
+        return Err(ServeError::EngineDied);
+    }
+    drain(&model.engine, shutdown_timeout).await?;
+    drop(close);
+    match tokio::time::timeout(CLOSING_TIME, server).await {
+        Ok(ended) => Ok(ended??),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Lets running requests finish, then stops the engine.
+async fn drain(engine: &EngineHandle, at_most: Duration) -> Result<(), ServeError> {
+    engine.drain();
+    let stats = engine.stats();
+    let left = stats.running + stats.waiting;
+    tracing::info!(requests = left, timeout_secs = at_most.as_secs(), "shutting down");
+    if tokio::time::timeout(at_most, engine.idle()).await.is_err() {
+        let stats = engine.stats();
+        tracing::warn!(requests = stats.running + stats.waiting, "the time is over: aborting");
+    }
+    let engine = engine.clone();
+    tokio::task::spawn_blocking(move || engine.shutdown()).await?;
+    Ok(())
+}
+
+/// Resolves when the engine's thread has ended by itself. It does so only by a bug, so looking now and then will do.
+async fn death(engine: &EngineHandle) {
+    while engine.is_alive() {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Resolves at SIGINT or SIGTERM.
+///
+/// # Errors
+/// Signals cannot be listened to.
+pub fn stop_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
+/// What is printed once the model serves: the table, the address, and `hint`.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn announce(address: SocketAddr, model: &ServedModel, hint: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    write!(out, "{}", startup::table(model))?;
+    writeln!(out, "serving  http://{address}/v1  (model '{}')", model.names[0])?;
+    write!(out, "{hint}")?;
+    out.flush()
+}
