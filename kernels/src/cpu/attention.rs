@@ -10,6 +10,8 @@
 //! out[d]   = (p[first] v[first, d] + ... + p[last] v[last, d]) / sum       fused multiply-adds in order of t
 //! ```
 
+#![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
+
 use super::simd::{LANES, Lanes, dispatch};
 use crate::backend::{Heads, KV_BLOCK_TOKENS};
 

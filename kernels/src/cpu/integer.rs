@@ -8,6 +8,7 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes: weights are raised by an offset, and a block's sum starts at minus
 //! offset times the sum of its activations.
 
+#![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
 #![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on its function's contract alone")]
 
 use std::arch::x86_64::*;
@@ -400,6 +401,7 @@ impl IntegerScratch {
 }
 
 /// Quantizes one row: bytes, and per block the start of its sums and its scale.
+#[allow(clippy::too_many_arguments, reason = "one row of each output")]
 fn quantize_row(
     cast: Cast,
     table: &[i8; 256],

@@ -12,6 +12,8 @@
 //!
 //! So a result depends neither on M, nor on the split of the work, nor on the instruction set.
 
+#![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
+
 use super::packed::{BLOCK, PackedWeight, Storage};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Lanes, dispatch};

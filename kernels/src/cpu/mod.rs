@@ -127,12 +127,25 @@ fn packed(weight: &Weight) -> &PackedWeight {
     }
 }
 
-/// `len` zeros, or `None` if the system refuses.
-fn zeros<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
-    let mut v = Vec::new();
-    v.try_reserve_exact(len).ok()?;
-    v.resize(len, T::default());
-    Some(v)
+/// Plain numbers whose zero is all bits zero.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for u16 {}
+impl Number for u32 {}
+
+/// `len` zeros, or `None` if the system refuses. Pages that are never written take no memory: a KV cache costs what
+/// is in use.
+fn zeros<T: Number>(len: usize) -> Option<Vec<T>> {
+    let layout = std::alloc::Layout::array::<T>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the layout has a size; what comes back is `len` zeroed numbers in an allocation of that layout, as
+    // `Vec` makes and frees it.
+    unsafe {
+        let start = std::alloc::alloc_zeroed(layout).cast::<T>();
+        (!start.is_null()).then(|| Vec::from_raw_parts(start, len, len))
+    }
 }
 
 impl Backend for CpuBackend {
