@@ -14,7 +14,7 @@ fn long() -> GenerateRequest {
 }
 
 /// Waits until the engine's numbers are as wanted.
-fn wait_for(engine: &EngineHandle, what: &str, wanted: impl Fn(EngineStats) -> bool) {
+pub(crate) fn wait_for(engine: &EngineHandle, what: &str, wanted: impl Fn(EngineStats) -> bool) {
     let start = Instant::now();
     while !wanted(engine.stats()) {
         assert!(start.elapsed() < Duration::from_secs(60), "not {what}: {:?}", engine.stats());
@@ -22,8 +22,8 @@ fn wait_for(engine: &EngineHandle, what: &str, wanted: impl Fn(EngineStats) -> b
     }
 }
 
-/// Waits for a sequence's first token.
-fn first_token(events: &mut UnboundedReceiver<TokenEvent>) {
+/// Waits for a sequence's next token.
+fn next_token(events: &mut UnboundedReceiver<TokenEvent>) {
     assert!(matches!(events.blocking_recv(), Some(TokenEvent::Token { .. })));
 }
 
@@ -33,7 +33,7 @@ fn dropping_the_channel_cancels_running_and_waiting_sequences() {
     let mut running = engine.submit(long()).unwrap();
     let waiting = engine.submit(long()).unwrap();
     let last = engine.submit(request(5, 3)).unwrap();
-    first_token(&mut running);
+    next_token(&mut running);
     assert_eq!((engine.stats().running, engine.stats().waiting), (1, 2));
     assert!(engine.stats().kv_blocks_used > 0);
     drop(waiting);
@@ -49,7 +49,7 @@ fn dropping_the_channel_cancels_running_and_waiting_sequences() {
 fn the_queue_is_bounded_and_groups_go_in_whole() {
     let engine = start(EngineOptions { max_num_seqs: 1, max_num_queued_reqs: 2, ..options(64) });
     let mut running = engine.submit(long()).unwrap();
-    first_token(&mut running);
+    next_token(&mut running);
     let waiting = engine.submit(long()).unwrap();
     let refused = engine.submit_all(vec![long(), long()]).unwrap_err();
     assert_eq!(refused, SubmitError::Overloaded { queued: 1 });
@@ -83,7 +83,7 @@ fn what_cannot_run_is_refused_at_once() {
 fn draining_finishes_what_is_there() {
     let engine = start(options(64));
     let mut going = engine.submit(request(10, 200)).unwrap();
-    first_token(&mut going);
+    next_token(&mut going);
     engine.drain();
     assert!(engine.is_draining() && engine.is_alive());
     assert_eq!(engine.submit(request(5, 1)).unwrap_err(), SubmitError::ShuttingDown);
@@ -101,7 +101,7 @@ fn shutdown_aborts_and_gives_the_memory_back() {
     assert!(memory.bytes(Component::Unquantized) > 0 && memory.bytes(Component::KvCache) > 0);
     let mut running = engine.submit(long()).unwrap();
     let waiting = engine.submit(long()).unwrap();
-    first_token(&mut running);
+    next_token(&mut running);
     engine.shutdown();
     for events in [running, waiting] {
         let (reason, usage) = hear(events).end.expect("an aborted sequence is told so");
@@ -181,7 +181,8 @@ fn the_observer_hears_of_every_sequence() {
     let engine = start_observed(options(64), Box::new(notes.clone()));
     run(&engine, request(10, 4));
     let mut cancelled = engine.submit(long()).unwrap();
-    first_token(&mut cancelled);
+    next_token(&mut cancelled);
+    next_token(&mut cancelled);
     drop(cancelled);
     wait_for(&engine, "idle", |stats| stats.running + stats.waiting == 0);
     let notes = notes.0.lock().unwrap();

@@ -70,6 +70,31 @@ fn a_crowd_changes_nothing_whatever_the_chunks_and_the_memory() {
 }
 
 #[test]
+fn those_who_leave_take_nothing_from_those_who_stay() {
+    let expected = alone();
+    let engine = start(options(14));
+    for round in 0..4 {
+        let channels = engine.submit_all(mixed_requests()).unwrap();
+        let mut staying = Vec::new();
+        for (index, mut events) in channels.into_iter().enumerate() {
+            if index % 4 == round {
+                staying.push((index, events));
+                continue;
+            }
+            // Some leave before they run, some after a few events, while others are preempted and come back.
+            for _ in 0..index % 3 * 2 {
+                events.blocking_recv();
+            }
+        }
+        for (index, events) in staying {
+            assert_eq!(hear(events), expected[index], "round {round}, request {index}");
+        }
+    }
+    lifecycle::wait_for(&engine, "idle", |stats| stats.running + stats.waiting == 0);
+    assert_eq!(engine.stats().kv_blocks_used, 0);
+}
+
+#[test]
 fn seeds_decide_what_is_drawn() {
     let engine = start(options(64));
     let draw = |seed| {
@@ -96,6 +121,20 @@ fn generated_logprobs_are_those_of_the_same_tokens_as_a_prompt() {
     let scored = scored.prompt.expect("prompt log-probabilities were asked for");
     assert_eq!(scored.len(), 54);
     assert_eq!(scored[29..], generated.logprobs);
+}
+
+#[test]
+fn a_prompt_that_is_preempted_halfway_is_scored_once() {
+    let scored = GenerateRequest { prompt_logprobs: Some(2), ..request(120, 3) };
+    let expected = run(&start(options(64)), scored.clone());
+    assert_eq!(expected.prompt.as_ref().map(Vec::len), Some(119));
+
+    // 3 tokens of the prompt a step; the other sequence needs its third block when some 50 are computed.
+    let engine = start(EngineOptions { max_num_batched_tokens: 4, ..options(10) });
+    let [older, younger] = engine.submit_all(vec![request(15, 25), scored]).unwrap().try_into().unwrap();
+    assert_eq!(hear(older).tokens.len(), 25);
+    assert_eq!(hear(younger), expected);
+    assert_eq!(engine.stats().preemptions, 1);
 }
 
 #[test]
