@@ -1,0 +1,24 @@
+"""README.md says what this folder and .ci/run do: its commands, its links, its files."""
+
+import pathlib
+import re
+import sys
+
+root = pathlib.Path(__file__).resolve().parent.parent
+readme = (root / "README.md").read_text()
+errors = []
+
+for command in ("cargo run --release --bin mxserve -- demo", "cargo test --release --workspace"):
+    if command not in readme:
+        errors.append(f"README.md does not show `{command}`")
+if "cargo test --release --workspace" not in (root / ".ci" / "run").read_text():
+    errors.append(".ci/run does not run README's test command")
+
+# Links to files, and paths in the table of what to edit where.
+for path in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", readme) + re.findall(r"`((?:[a-z_]+/)+[a-z_0-9.]*)`", readme):
+    if not (root / path).exists():
+        errors.append(f"README.md names {path}, which does not exist")
+
+for error in errors:
+    print(f"error: {error}", file=sys.stderr)
+sys.exit(bool(errors))
