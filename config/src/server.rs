@@ -105,7 +105,9 @@ impl ServerConfig {
             max_body_bytes: at_least_one("max_body_bytes", said.max_body_bytes)?.unwrap_or(d.max_body_bytes),
             shutdown_timeout: said.shutdown_timeout.map_or(d.shutdown_timeout, Duration::from_secs),
             max_model_len: match said.max_model_len {
-                Some(1) => return Err(invalid("max_model_len", "must be at least 2: a prompt token and a new one")),
+                Some(1) => {
+                    return Err(invalid("max_model_len", "must be at least 2: a prompt token and a new one"));
+                }
                 other => at_least_one("max_model_len", other)?,
             },
             chat_template: said.chat_template,

@@ -52,7 +52,7 @@ pub(super) struct CompletionLogprobs {
 }
 
 /// A JSON object with an entry per token, in this order.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct ByToken<T>(Vec<(String, T)>);
 
 impl<T> ByToken<T> {
@@ -83,7 +83,7 @@ impl CompletionLogprobs {
         self.tokens.push(names.name(id));
         self.token_logprobs.push(logprobs.map(|l| finite(l.logprob)));
         self.top_logprobs.push(logprobs.map(|l| {
-            let mut top = ByToken::default();
+            let mut top = ByToken(Vec::new());
             for (id, logprob) in with_target(id, l) {
                 // Of two tokens with one text the better stays: who looks for the best one finds it.
                 top.insert(names.name(id), logprob);
@@ -155,11 +155,18 @@ pub(super) struct RankedToken {
 }
 
 /// Log-probabilities of `prompt`'s tokens 1.., as [`PromptLogprobs`].
-pub(super) fn prompt_logprobs(prompt: &[u32], logprobs: &[TokenLogprobs], names: TokenNames<'_>) -> PromptLogprobs {
-    let ranked =
-        |id: u32, logprob: f32, rank: u32| RankedToken { logprob: finite(logprob), rank, decoded_token: names.name(id) };
+pub(super) fn prompt_logprobs(
+    prompt: &[u32],
+    logprobs: &[TokenLogprobs],
+    names: TokenNames<'_>,
+) -> PromptLogprobs {
+    let ranked = |id: u32, logprob: f32, rank: u32| RankedToken {
+        logprob: finite(logprob),
+        rank,
+        decoded_token: names.name(id),
+    };
     let position = |(&id, l): (&u32, &TokenLogprobs)| {
-        let mut tokens = ByToken::default();
+        let mut tokens = ByToken(Vec::new());
         tokens.insert(id.to_string(), ranked(id, l.logprob, l.rank));
         for (&(other, logprob), rank) in l.top.iter().zip(1..) {
             tokens.insert(other.to_string(), ranked(other, logprob, rank));

@@ -1,0 +1,90 @@
+//! The program `mxserve`.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::MODEL;
+
+fn mxserve(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mxserve"));
+    command.args(arguments).env_remove("MXSERVE_PORT").stdin(Stdio::null());
+    command
+}
+
+/// One line that begins with `error: ` and exit code 1.
+fn refused(output: &Output) -> String {
+    let error = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    error.strip_prefix("error: ").unwrap_or_else(|| panic!("{error}")).trim_end().to_owned()
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_and_that_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("server.toml");
+    fs::write(&file, "port = 1\nmax_num_seqs = 2\nmax_model_len = 3\n").unwrap();
+    let output = mxserve(&["check-config", "--config", file.to_str().unwrap(), "--port", "5"])
+        .env("MXSERVE_PORT", "6")
+        .env("MXSERVE_MAX_NUM_SEQS", "7")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let settings: config::Settings = toml::from_str(&String::from_utf8(output.stdout).unwrap()).unwrap();
+    assert_eq!((settings.port, settings.max_num_seqs, settings.max_model_len), (Some(5), Some(7), Some(3)));
+}
+
+#[test]
+fn what_cannot_work_is_one_line_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().to_str().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let missing_config = format!("{empty}/none.toml");
+    let cases: [(&[&str], &str); 9] = [
+        (&["/no/such/folder", "--port", "0"], "/no/such/folder"),
+        (&[file.to_str().unwrap(), "--port", "0"], "not a folder"),
+        (&[empty, "--port", "0"], "config.json"),
+        (&[], "MODEL"),
+        (&[MODEL, "--config", &missing_config], "none.toml"),
+        (&[MODEL, "--device", "cuda"], "device"),
+        (&[MODEL, "--tensor-parallel-size", "2"], "tensor_parallel_size"),
+        (&[MODEL, "--gpu-memory-utilization", "0.9"], "gpu_memory_utilization"),
+        (&[MODEL, "--port", "0", "--max-model-len", "4096"], "max_model_len"),
+    ];
+    for (arguments, word) in cases {
+        let error = refused(&mxserve(arguments).output().unwrap());
+        assert!(error.contains(word), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let error = refused(&mxserve(&[MODEL, "--host", "127.0.0.1", "--port", &port]).output().unwrap());
+    assert!(error.contains(&port) && error.contains("in use"), "{error}");
+}
+
+#[test]
+fn it_says_what_it_serves_and_stops_at_sigterm() {
+    let mut server =
+        mxserve(&[MODEL, "--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "16777216"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+    let lines: Vec<String> = BufReader::new(server.stdout.take().unwrap())
+        .lines()
+        .map(Result::unwrap)
+        .take_while(|line| !line.starts_with("serving"))
+        .collect();
+    assert!(lines[0].contains("rustdoc-6m"), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("q_proj+k_proj+v_proj")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.starts_with("kv cache")), "{lines:?}");
+    let killed = Command::new("kill").arg(server.id().to_string()).status().unwrap();
+    assert!(killed.success());
+    assert_eq!(server.wait().unwrap().code(), Some(0));
+}
