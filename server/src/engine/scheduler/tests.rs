@@ -323,7 +323,7 @@ fn simulate(limits: Limits, blocks: usize, clients: &[Client]) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
     fn every_client_is_served(
