@@ -6,8 +6,9 @@
 1. Every dequantized weight in Transformers equals, bit for bit, what the packed bytes say (decoded here from the
    format's definition).
 2. The logits over a prompt are finite.
-3. With --server (an mxserve of the same folder): log-probabilities of the prompt's tokens, from /v1/completions
-   with echo, agree with Transformers' within the tolerance.
+3. With --server (an mxserve of the same folder, with --kv-cache-dtype f32, as Transformers computes here): the
+   log-probabilities of the prompt's tokens, from /v1/completions with echo, agree with Transformers' within the
+   tolerance. A BF16 cache, the server's default, differs by some 0.02.
 
 Needs torch, transformers, compressed-tensors >= 0.20 and safetensors. Not part of the test suite: run by hand.
 """
@@ -100,7 +101,7 @@ def main():
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--server")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--tolerance", type=float, default=0.02, help="largest difference of a log-probability")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a log-probability")
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
@@ -119,7 +120,7 @@ def main():
     if args.server:
         expected = torch.log_softmax(logits, -1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
         worst = (server_logprobs(args.server.rstrip("/"), ids[0].tolist()) - expected).abs().max().item()
-        print(f"largest difference of a log-probability to the server: {worst:.5f}")
+        print(f"largest difference of a log-probability to the server: {worst:.1e}")
         if not worst <= args.tolerance:
             sys.exit(f"that is more than {args.tolerance}")
 

@@ -18,12 +18,12 @@ pub enum ConvertError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// The file system refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The GGUF file cannot be converted.
     #[error("{}: {reason}", path.display())]
@@ -113,6 +113,6 @@ impl ConvertError {
     /// Adds the path that an operation was on.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { path, source }
+        move |error| Self::Io { path, error }
     }
 }

@@ -223,7 +223,7 @@ mod tests {
                     Target::Dense(slot) => ranges.push((slot.shard, slot.offset, bytes)),
                     Target::Mx { codes, scales } => {
                         let scale_bytes = 33;
-                        assert_eq!(planned.name.contains("up_proj"), true);
+                        assert!(planned.name.contains("up_proj"));
                         ranges.push((codes.shard, codes.offset, bytes - scale_bytes));
                         ranges.push((scales.shard, scales.offset, scale_bytes));
                     }

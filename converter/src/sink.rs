@@ -51,7 +51,7 @@ impl Sink {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
                 ConvertError::DiskFull { path: self.output.clone(), needed: self.needed, available: None }
             }
-            _ => ConvertError::Io { path: path.to_owned(), source: error },
+            _ => ConvertError::Io { path: path.to_owned(), error },
         }
     }
 }

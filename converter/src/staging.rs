@@ -53,14 +53,14 @@ impl Staging {
         let aside = match std::fs::rename(&self.output, &replaced) {
             Ok(()) => true,
             Err(e) if e.kind() == ErrorKind::NotFound => false,
-            Err(source) => return Err(ConvertError::Io { path: self.output.clone(), source }),
+            Err(error) => return Err(ConvertError::Io { path: self.output.clone(), error }),
         };
-        if let Err(source) = std::fs::rename(&self.partial, &self.output) {
+        if let Err(error) = std::fs::rename(&self.partial, &self.output) {
             if aside {
                 // Put the old checkpoint back; the error that matters is the first.
                 let _ = std::fs::rename(&replaced, &self.output);
             }
-            return Err(ConvertError::Io { path: self.output.clone(), source });
+            return Err(ConvertError::Io { path: self.output.clone(), error });
         }
         self.lock = None;
         // Only now: a folder without its lock would look abandoned.
@@ -70,7 +70,8 @@ impl Staging {
             sync_dir(parent)?;
         }
         if aside {
-            std::fs::remove_dir_all(&replaced).map_err(ConvertError::io(&replaced))?;
+            // The output is in place; what cannot be removed now, the next run removes.
+            let _ = std::fs::remove_dir_all(&replaced);
         }
         Ok(())
     }
@@ -96,7 +97,7 @@ pub(crate) fn check_existing(output: &Path, source: &Path, force: bool) -> Resul
     let existing = match std::fs::symlink_metadata(output) {
         Ok(metadata) => metadata,
         Err(e) if matches!(e.kind(), ErrorKind::NotFound) => return Ok(()),
-        Err(source) => return Err(ConvertError::Io { path: output.to_owned(), source }),
+        Err(error) => return Err(ConvertError::Io { path: output.to_owned(), error }),
     };
     let refused = |reason| ConvertError::OutputRefused { path: output.to_owned(), reason };
     let canonical = |path: &Path| std::fs::canonicalize(path).map_err(ConvertError::io(path));

@@ -67,6 +67,7 @@ fn mistakes_on_the_command_line_are_one_line() {
     fails(&[model, "--format", "mxfp4", "--max-shard-size", "5XB"], &["--max-shard-size", "5XB"]);
     fails(&[model, "--format", "mxfp4", "--threads", "0"], &["--threads"]);
     fails(&["inspect", "nowhere"], &["nowhere"]);
+    fails(&["nowhere", "--format", "mxfp4"], &["error: nowhere: No such file or directory (os error 2)\n"]);
     assert_eq!(names(root.path()), ["tiny"]);
 }
 

@@ -4,16 +4,17 @@ use std::path::PathBuf;
 
 use kernels::mx::MxTensorError;
 
-/// A checkpoint that cannot be read. Every message names the file, and the tensor or field in it.
+/// A checkpoint that cannot be read. Every message names the file, and the tensor or field in it, and is complete:
+/// it says what the error below it said.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The file system refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The folder holds no safetensors checkpoint.
     #[error("{}: {reason}", dir.display())]
@@ -24,12 +25,12 @@ pub enum CheckpointError {
         reason: &'static str,
     },
     /// A JSON file does not have the form it must have.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What serde says, with line and column.
-        source: serde_json::Error,
+        error: serde_json::Error,
     },
     /// A safetensors file, or the index, is truncated or corrupt.
     #[error("{}: {reason}", path.display())]
@@ -58,14 +59,14 @@ pub enum CheckpointError {
         reason: String,
     },
     /// Codes and scales do not fit together.
-    #[error("{}: tensor {tensor}: {source}", path.display())]
+    #[error("{}: tensor {tensor}: {error}", path.display())]
     Mx {
         /// The shard that holds it.
         path: PathBuf,
         /// The weight tensor.
         tensor: String,
         /// What is wrong with it.
-        source: MxTensorError,
+        error: MxTensorError,
     },
     /// The checkpoint declares a quantization that this crate does not execute, and will not ignore.
     #[error("{}: {field}: {reason}", path.display())]

@@ -168,11 +168,11 @@ impl Checkpoint {
     fn mx_linear(&self, module: &str, scheme: Scheme) -> Result<MxLinear, CheckpointError> {
         let (codes, scales, shape) = self.mx_parts(module, scheme)?;
         let (code_bytes, scale_bytes) = (self.read(codes)?, self.read(scales)?);
-        MxTensor::new(scheme.weight.format, shape, &code_bytes, &scale_bytes).map_err(|source| {
+        MxTensor::new(scheme.weight.format, shape, &code_bytes, &scale_bytes).map_err(|error| {
             CheckpointError::Mx {
                 path: self.shards.path(codes).to_owned(),
                 tensor: codes.name.clone(),
-                source,
+                error,
             }
         })?;
         Ok(MxLinear { scheme, shape, codes: code_bytes, scales: scale_bytes })
@@ -256,8 +256,8 @@ pub fn dense_dtype(dtype: Dtype) -> Option<DenseDtype> {
 }
 
 fn read_json(path: &Path) -> Result<Value, CheckpointError> {
-    let text = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })
+    let text = std::fs::read(path).map_err(|error| CheckpointError::Io { path: path.to_owned(), error })?;
+    serde_json::from_slice(&text).map_err(|error| CheckpointError::Json { path: path.to_owned(), error })
 }
 
 #[cfg(test)]

@@ -103,7 +103,7 @@ impl RecordedSchemes {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(CheckpointError::Io { path, source }),
+            Err(error) => return Err(CheckpointError::Io { path, error }),
         };
         // Only what is used: a record of a later version, with a method this one does not know, still reads.
         #[derive(Deserialize)]
@@ -111,7 +111,7 @@ impl RecordedSchemes {
             layers: BTreeMap<String, RecordedScheme>,
         }
         let record: Layers = serde_json::from_slice(&text)
-            .map_err(|source| CheckpointError::Json { path: path.clone(), source })?;
+            .map_err(|error| CheckpointError::Json { path: path.clone(), error })?;
         let mut schemes = BTreeMap::new();
         for (module, recorded) in record.layers {
             let parse = |cast: &RecordedCast| {

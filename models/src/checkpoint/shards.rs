@@ -80,9 +80,9 @@ impl ShardSet {
     fn open_index(&mut self, dir: &Path, index_path: &Path) -> Result<(), CheckpointError> {
         let corrupt = |reason: String| CheckpointError::Corrupt { path: index_path.to_owned(), reason };
         let text = std::fs::read(index_path)
-            .map_err(|source| CheckpointError::Io { path: index_path.to_owned(), source })?;
+            .map_err(|error| CheckpointError::Io { path: index_path.to_owned(), error })?;
         let index: Index = serde_json::from_slice(&text)
-            .map_err(|source| CheckpointError::Json { path: index_path.to_owned(), source })?;
+            .map_err(|error| CheckpointError::Json { path: index_path.to_owned(), error })?;
         let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in &index.weight_map {
             by_shard.entry(shard).or_default().push(tensor);
@@ -106,7 +106,7 @@ impl ShardSet {
 
     /// Opens one safetensors file; returns what it holds.
     fn add_file(&mut self, path: PathBuf) -> Result<Vec<TensorInfo>, CheckpointError> {
-        let io = |source| CheckpointError::Io { path: path.clone(), source };
+        let io = |error| CheckpointError::Io { path: path.clone(), error };
         let corrupt = |reason: String| CheckpointError::Corrupt { path: path.clone(), reason };
         let mut file = File::open(&path).map_err(io)?;
         let file_bytes = file.metadata().map_err(io)?.len();
@@ -174,6 +174,6 @@ impl ShardSet {
         debug_assert!(start + out.len() as u64 <= info.bytes, "range inside the tensor");
         let (path, file) = &self.files[info.shard];
         file.read_exact_at(out, info.offset + start)
-            .map_err(|source| CheckpointError::Io { path: path.clone(), source })
+            .map_err(|error| CheckpointError::Io { path: path.clone(), error })
     }
 }

@@ -74,11 +74,11 @@ impl Quantization {
         match std::fs::read(&path) {
             Ok(text) => {
                 let declared = serde_json::from_slice(&text)
-                    .map_err(|source| CheckpointError::Json { path: path.clone(), source })?;
+                    .map_err(|error| CheckpointError::Json { path: path.clone(), error })?;
                 modelopt::read_file(&declared).map_err(|refusal| refuse(path, refusal))
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(source) => Err(CheckpointError::Io { path, source }),
+            Err(error) => Err(CheckpointError::Io { path, error }),
         }
     }
 
