@@ -14,7 +14,7 @@
 use std::arch::x86_64::*;
 use std::sync::Arc;
 
-use super::linear::OutColumns;
+use super::linear::{OutColumns, streamed_groups_per_task};
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};
 use super::scratch::Scratch;
@@ -253,9 +253,12 @@ impl Problem<'_> {
                 self.stream::<KIND, G, T>(group);
                 group += G;
             }
-            while group < to {
+            while group + 2 <= to {
+                self.stream::<KIND, 2, T>(group);
+                group += 2;
+            }
+            if group < to {
                 self.stream::<KIND, 1, T>(group);
-                group += 1;
             }
         }
     }
@@ -478,11 +481,8 @@ pub(crate) fn linear(
         out_stride: columns.width,
     };
     let groups = weight.groups();
-    let per_task = if tokens <= STREAM_TOKENS {
-        groups.div_ceil(threads * 2).next_multiple_of(STREAM_GROUPS)
-    } else {
-        TILE_GROUPS
-    };
+    let per_task =
+        if tokens <= STREAM_TOKENS { streamed_groups_per_task(groups, threads) } else { TILE_GROUPS };
     pool.run(groups.div_ceil(per_task), &|task, thread| {
         let from = task * per_task;
         // One piece of scratch per thread; the groups are this task's alone; the codec exists only where the

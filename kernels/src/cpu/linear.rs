@@ -239,9 +239,12 @@ unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool, const G: usize, 
             stream::<L, C, SCALED, G, T>(p, codec, group);
             group += G;
         }
-        while group < to {
+        while group + 2 <= to {
+            stream::<L, C, SCALED, 2, T>(p, codec, group);
+            group += 2;
+        }
+        if group < to {
             stream::<L, C, SCALED, 1, T>(p, codec, group);
-            group += 1;
         }
     }
 }
@@ -434,6 +437,14 @@ pub(crate) const fn scratch_floats(tokens: usize) -> usize {
     PANEL_FLOATS + tokens * TILE_GROUPS * LANES
 }
 
+/// Row groups of one task when weights are streamed: about six, in a number of tasks that all threads share equally.
+/// A thread that another process delays leaves its tasks to the others.
+pub(crate) fn streamed_groups_per_task(groups: usize, threads: usize) -> usize {
+    const WANTED: usize = 6;
+    let rounds = (groups as f64 / (threads * WANTED) as f64).round().max(1.0) as usize;
+    groups.div_ceil(threads * rounds)
+}
+
 /// Where a product's result goes: N columns from `column` of rows of `width`.
 #[derive(Clone, Copy)]
 pub(crate) struct OutColumns {
@@ -484,13 +495,9 @@ pub(crate) fn linear(
         out_stride: width,
     };
     let pieces = super::pool::DisjointSlices::new(scratch, scratch_floats(tokens));
-    // Streaming wants long runs; the blocked product balances better with many small tasks.
     let groups = weight.groups();
-    let per_task = if tokens <= STREAM_ROWS {
-        groups.div_ceil(threads * 2).next_multiple_of(STREAM_GROUPS)
-    } else {
-        TILE_GROUPS
-    };
+    let per_task =
+        if tokens <= STREAM_ROWS { streamed_groups_per_task(groups, threads) } else { TILE_GROUPS };
     pool.run(groups.div_ceil(per_task), &|task, thread| {
         // SAFETY: one piece per thread; the part's groups are this task's alone; `isa` is available.
         unsafe {
