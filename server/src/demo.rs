@@ -137,7 +137,7 @@ impl Demo {
         let (path, body) = match self.model {
             DemoModel::SmolLm2 => (
                 "chat/completions",
-                r#"{"messages": [{"role": "user", "content": "What is the capital of France?"}]}"#,
+                r#"{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 60, "temperature": 0}"#,
             ),
             DemoModel::RustDoc => (
                 "completions",

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use config::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -66,6 +67,12 @@ pub async fn serve(
     let bind = |source| ServeError::Bind { address, source };
     let listener = TcpListener::bind(address).await.map_err(bind)?;
     let address = listener.local_addr()?;
+    // Tokens are sent when they are there, not when a packet is full.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!("TCP_NODELAY: {error}");
+        }
+    });
 
     let name = served_names(&config, &folder).swap_remove(0);
     let telemetry = Arc::new(Telemetry::new(&name)?);
@@ -92,8 +99,8 @@ pub async fn serve(
         () = &mut stop => return Ok(()),
         ended = &mut server => return ended?.map_err(ServeError::Io),
     };
-    ready(address, &model);
     app.serve(Arc::clone(&model));
+    ready(address, &model);
 
     let died = tokio::select! {
         () = &mut stop => false,
@@ -133,7 +140,8 @@ async fn death(engine: &EngineHandle) {
     }
 }
 
-/// Resolves at SIGINT or SIGTERM.
+/// Resolves at SIGINT or SIGTERM. A second signal ends the process at once: who presses Ctrl-C again does not want to
+/// wait for running requests.
 ///
 /// # Errors
 /// Signals cannot be listened to.
@@ -141,11 +149,18 @@ pub fn stop_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
+    let mut next = async move || {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+    };
+    Ok(async move {
+        next().await;
+        tokio::spawn(async move {
+            next().await;
+            std::process::exit(130);
+        });
     })
 }
 

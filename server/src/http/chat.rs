@@ -11,12 +11,13 @@ use serde_json::{Map, Value};
 
 use super::App;
 use super::chat_messages::{ChatPromptFields, check_messages};
+use super::check::{self, require};
 use super::error::ApiError;
 use super::generation::{Delta, Generation, Output, StopReason};
 use super::json::JsonBody;
 use super::logprobs::{ChatLogprobs, PromptLogprobs, TokenNames, prompt_logprobs};
 use super::request_id::RequestId;
-use super::sampling::{self, SamplingFields, SamplingPlan, require};
+use super::sampling::{SamplingFields, SamplingPlan};
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::engine::GenerateRequest;
@@ -116,7 +117,7 @@ pub(super) async fn chat(
         wanted || fields.top_logprobs.unwrap_or(0) == 0,
         "absent without logprobs: true",
     )?;
-    let top_logprobs = sampling::logprobs("top_logprobs", fields.top_logprobs.unwrap_or(0))?;
+    let top_logprobs = check::logprobs("top_logprobs", fields.top_logprobs.unwrap_or(0))?;
     let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
     require("max_tokens", max_tokens != Some(0), "at least 1")?;
 

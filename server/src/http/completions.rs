@@ -10,13 +10,14 @@ use kernels::TokenLogprobs;
 use serde::{Deserialize, Serialize};
 
 use super::App;
+use super::check::{self, require};
 use super::error::ApiError;
 use super::generation::{Delta, Generation, Output, StopReason};
 use super::json::JsonBody;
 use super::logprobs::{CompletionLogprobs, PromptLogprobs, TokenNames, prompt_logprobs};
 use super::prompt::{Prompt, PromptOptions, parse_prompts};
 use super::request_id::RequestId;
-use super::sampling::{self, SamplingFields, SamplingPlan, require};
+use super::sampling::{SamplingFields, SamplingPlan};
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::engine::GenerateRequest;
@@ -108,7 +109,7 @@ impl Completion {
         let echo = fields.echo.unwrap_or(false);
         let max_tokens = fields.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         require("max_tokens", max_tokens >= 1 || echo, "at least 1 (0 only with echo)")?;
-        let logprobs = fields.logprobs.map(|k| sampling::logprobs("logprobs", k)).transpose()?;
+        let logprobs = fields.logprobs.map(|k| check::logprobs("logprobs", k)).transpose()?;
         let whole = plan.prompt_logprobs.is_none() || streaming.is_none();
         require("prompt_logprobs", whole, "absent in a stream; echo with logprobs is there for that")?;
         let options = PromptOptions {

@@ -7,9 +7,9 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 
 use super::App;
+use super::check::require_in_vocabulary;
 use super::error::ApiError;
 use super::json::JsonBody;
-use super::sampling::require_in_vocabulary;
 
 #[derive(Debug, Deserialize)]
 struct DetokenizeFields {

@@ -4,6 +4,7 @@ mod app;
 mod auth;
 mod chat;
 mod chat_messages;
+mod check;
 mod completions;
 mod detokenize;
 mod error;

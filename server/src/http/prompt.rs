@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
+use super::check::require_in_vocabulary;
 use super::error::ApiError;
-use super::sampling::require_in_vocabulary;
 use crate::model::ServedModel;
 use crate::tokenizer::{Detokenizer, Encoded};
 

@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use models::GenerationConfig;
 use serde::Deserialize;
 
+use super::check::{logprobs, out_of_range, require, require_in_vocabulary};
 use super::error::ApiError;
 use crate::engine::{Sampling, StopConditions};
-
-/// The most alternatives that log-probabilities may be asked for.
-pub(super) const MAX_LOGPROBS: usize = 20;
 
 /// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
@@ -229,36 +227,6 @@ impl SamplingPlan {
         )?;
         Ok(StopConditions { max_tokens, ..self.stop.clone() })
     }
-}
-
-/// A number of alternatives.
-pub(super) fn logprobs(field: &'static str, k: i64) -> Result<usize, ApiError> {
-    let k = usize::try_from(k).ok().filter(|&k| k <= MAX_LOGPROBS);
-    k.ok_or_else(|| out_of_range(field, &format!("from 0 to {MAX_LOGPROBS}")))
-}
-
-/// Token ids that a client sent.
-pub(super) fn require_in_vocabulary(
-    field: &'static str,
-    ids: &[u32],
-    vocab_size: usize,
-) -> Result<(), ApiError> {
-    match ids.iter().find(|&&id| id as usize >= vocab_size) {
-        Some(id) => {
-            let message = format!("{field}: {id} is no token id of this model (0 to {})", vocab_size - 1);
-            Err(ApiError::field(field, message))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Refuses `field` unless `ok`, saying what it must be.
-pub(super) fn require(field: &'static str, ok: bool, expected: &str) -> Result<(), ApiError> {
-    if ok { Ok(()) } else { Err(out_of_range(field, expected)) }
-}
-
-fn out_of_range(field: &'static str, expected: &str) -> ApiError {
-    ApiError::field(field, format!("{field} must be {expected}"))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What requests ask of a model, with errors for clients.
 
+use super::check::require_in_vocabulary;
 use super::error::ApiError;
 use super::sampling::ModelFacts;
 use crate::model::ServedModel;
@@ -67,7 +68,7 @@ impl ServedModel {
             .encode(text, add_special_tokens)
             .map_err(|error| ApiError::field(field, format!("{field} cannot be tokenized: {error}")))?;
         // A tokenizer may have more tokens than the model has rows.
-        super::sampling::require_in_vocabulary(field, &encoded.ids, self.vocab_size())?;
+        require_in_vocabulary(field, &encoded.ids, self.vocab_size())?;
         Ok(encoded)
     }
 

@@ -3,7 +3,8 @@
 use kernels::{Component, Dtype};
 use prometheus::GaugeVec;
 
-use super::{Maker, process};
+use super::maker::Maker;
+use super::process;
 use crate::engine::{EngineInfo, LinearKernel};
 
 /// What is shown for a linear layer that is not quantized.

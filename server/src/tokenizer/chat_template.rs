@@ -1,16 +1,12 @@
 //! The model's own chat template: Jinja as Transformers runs it.
 
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, ErrorKind};
-use minijinja_contrib::pycompat::unknown_method_callback;
-use regex::Regex;
+use minijinja::Environment;
+use minijinja::value::Value;
 use serde_json::Map;
 
-use super::Tokenizer;
-use super::python_json::{Style, to_python_json};
+use super::{Tokenizer, jinja};
 
 const NAME: &str = "chat_template";
 
@@ -118,16 +114,10 @@ impl ChatTemplate {
         source: String,
         special_tokens: Vec<(String, String)>,
     ) -> Result<Self, TemplateError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(unknown_method_callback);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
+        let mut environment = jinja::environment();
         environment
-            .add_template_owned(NAME, without_generation_marks(&source))
-            .map_err(|e| TemplateError::Parse { origin: origin.to_owned(), message: describe(&e) })?;
+            .add_template_owned(NAME, jinja::without_generation_marks(&source))
+            .map_err(|e| TemplateError::Parse { origin: origin.to_owned(), message: jinja::describe(&e) })?;
         let mut template = Self { environment, source, special_tokens, takes_text: true, takes_parts: true };
         template.takes_text = template.shows(&serde_json::Value::from(PROBE));
         template.takes_parts = template.shows(&parts_of(PROBE));
@@ -183,10 +173,10 @@ impl ChatTemplate {
             }
         }
         let template =
-            self.environment.get_template(NAME).map_err(|e| TemplateError::Render(describe(&e)))?;
+            self.environment.get_template(NAME).map_err(|e| TemplateError::Render(jinja::describe(&e)))?;
         template
             .render(variables.into_iter().collect::<Value>())
-            .map_err(|e| TemplateError::Render(describe(&e)))
+            .map_err(|e| TemplateError::Render(jinja::describe(&e)))
     }
 
     /// The message with its content in a form that the template shows.
@@ -250,67 +240,6 @@ fn default_template(origin: &str, value: &serde_json::Value) -> Result<Option<St
     }
 }
 
-/// `{% generation %}` marks the assistant's part for training; Transformers runs the block as it stands.
-fn without_generation_marks(source: &str) -> String {
-    static MARK: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("a constant that a test compiles")
-    });
-    MARK.replace_all(source, |mark: &regex::Captures<'_>| {
-        let block = if mark.get(2).is_some() { "endif" } else { "if true" };
-        format!("{}{block}{}", &mark[1], &mark[3])
-    })
-    .into_owned()
-}
-
-/// The error's own words and the line, without the excerpt of the template.
-fn describe(error: &minijinja::Error) -> String {
-    let words = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-    match error.line() {
-        Some(line) if error.kind() != RAISED => format!("{words} (line {line})"),
-        _ => words,
-    }
-}
-
-const RAISED: ErrorKind = ErrorKind::EvalBlock;
-
-#[allow(clippy::needless_pass_by_value, reason = "minijinja calls functions with owned arguments")]
-fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
-    Err(minijinja::Error::new(RAISED, message))
-}
-
-/// The time now, in UTC: a server has no place of its own.
-#[allow(clippy::needless_pass_by_value, reason = "minijinja calls functions with owned arguments")]
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    let bad = |message: String| {
-        minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now('{format}'): {message}"))
-    };
-    let items = time::format_description::parse_strftime_borrowed(&format).map_err(|e| bad(e.to_string()))?;
-    time::OffsetDateTime::now_utc().format(&items).map_err(|e| bad(e.to_string()))
-}
-
-/// Python's `json.dumps(value, ensure_ascii=False, …)`.
-#[allow(clippy::needless_pass_by_value, reason = "minijinja calls filters with owned arguments")]
-fn tojson(value: Value, kwargs: Kwargs) -> Result<String, minijinja::Error> {
-    let style = Style {
-        indent: kwargs.get("indent")?,
-        separators: separators(kwargs.get("separators")?)?,
-        sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        ensure_ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-    };
-    kwargs.assert_all_used()?;
-    let json = serde_json::to_value(&value)
-        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    Ok(to_python_json(&json, &style))
-}
-
-fn separators(list: Option<Vec<String>>) -> Result<Option<(String, String)>, minijinja::Error> {
-    let Some(list) = list else { return Ok(None) };
-    let wrong =
-        || minijinja::Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings");
-    let [item, key] = <[String; 2]>::try_from(list).map_err(|_| wrong())?;
-    Ok(Some((item, key)))
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -367,23 +296,6 @@ mod tests {
     #[test]
     fn what_transformers_offers() {
         assert_eq!(render("{{ bos_token }}{% if tools %}T{% endif %}", json!([])), "<s>");
-        assert_eq!(render("{{ {'a': [1, 'é<']} | tojson }}", json!([])), r#"{"a": [1, "é<"]}"#);
-        assert_eq!(render("{{ {'a': 1} | tojson(indent=1) }}", json!([])), "{\n \"a\": 1\n}");
-        assert_eq!(
-            render("{{ {'a': 1, 'b': 2} | tojson(separators=(',', ':')) }}", json!([])),
-            r#"{"a":1,"b":2}"#
-        );
-        assert_eq!(render("{{ ' x '.strip().upper() }}{{ 'a,b'.split(',')[1] }}", json!([])), "Xb");
-        assert_eq!(
-            render(
-                "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
-                json!([])
-            ),
-            "1"
-        );
-        assert_eq!(render("a {%- generation -%} b {%- endgeneration %}\nc", json!([])), "abc");
-        let year = render("{{ strftime_now('%Y-%m-%d') }}", json!([]));
-        assert!(year.len() == 10 && year.starts_with("20"), "{year}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod chat_template;
 mod detokenizer;
+mod jinja;
 mod python_json;
 mod stop;
 mod vocab;

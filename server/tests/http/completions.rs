@@ -264,3 +264,23 @@ async fn a_model_without_a_tokenizer_takes_token_ids() {
         assert!(error["error"]["message"].as_str().unwrap().contains("no tokenizer"), "{error}");
     }
 }
+
+#[tokio::test]
+async fn the_models_sampling_defaults_hold_unless_told_otherwise() {
+    for (source, expected) in
+        [(config::GenerationConfig::Auto, true), (config::GenerationConfig::Vllm, false)]
+    {
+        let server = TestServer::with(|settings, folder| {
+            for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+                std::fs::copy(format!("{}/{file}", crate::support::MODEL), folder.join(file)).unwrap();
+            }
+            std::fs::write(folder.join("generation_config.json"), r#"{"top_k": 1}"#).unwrap();
+            settings.model = Some(folder.to_owned());
+            settings.generation_config = Some(source);
+        })
+        .await;
+        let greedy = server.choice(json!({"prompt": "The", "max_tokens": 24, "temperature": 0})).await;
+        let default = server.choice(json!({"prompt": "The", "max_tokens": 24})).await;
+        assert_eq!(greedy["text"] == default["text"], expected, "{source:?}");
+    }
+}

@@ -13,11 +13,14 @@ use crate::support::TestServer;
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
 
+/// Method, path, body; status, type, param.
+type Case = (Method, &'static str, &'static str, u16, &'static str, Option<&'static str>);
+
 #[tokio::test]
 async fn what_is_wrong_with_a_request_is_told_and_named() {
     let server = TestServer::start().await;
     let bad = "BadRequestError";
-    let cases: Vec<(Method, &str, &str, u16, &str, Option<&str>)> = vec![
+    let cases: [Case; 30] = [
         (Method::POST, COMPLETIONS, "{", 400, bad, None),
         (Method::POST, COMPLETIONS, "", 400, bad, None),
         (Method::POST, COMPLETIONS, "[]", 400, bad, None),

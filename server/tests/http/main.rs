@@ -1,5 +1,7 @@
 //! The server over real TCP, with a real model on the CPU.
 
+#![allow(clippy::needless_pass_by_value, reason = "bodies are written where they are sent")]
+
 mod cancellation;
 mod chat;
 mod command_line;
