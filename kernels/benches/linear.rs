@@ -43,7 +43,7 @@ fn weight(backend: &dyn Backend, scheme: &str, shape: [usize; 2]) -> Weight {
     quantize_rows(weight, ElementRounding::NearestEven, Values::Bf16(&bytes), 0, &mut codes, &mut scales)
         .expect("finite");
     let tensor = MxTensor::new(format, shape, &codes, &scales).expect("sizes");
-    let source = WeightSource::Mx { tensor, weight, activation };
+    let source = WeightSource::Mx { tensor, scale_rounding: weight.scale_rounding, activation };
     backend.upload(&[source], None).expect("upload")
 }
 

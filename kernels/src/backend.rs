@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
-use crate::mx::{Cast, MxTensor, Scheme};
+use crate::mx::{Cast, MxTensor, ScaleRounding, Scheme};
 use crate::weight::Weight;
 
 /// Tokens in one block of the paged KV cache.
@@ -17,8 +17,8 @@ pub enum WeightSource<'a> {
     Mx {
         /// Codes and scales.
         tensor: MxTensor<'a>,
-        /// The rule the weight's scales were made with (recorded, not needed to decode).
-        weight: Cast,
+        /// The rule the scales were made with (recorded, not needed to decode).
+        scale_rounding: ScaleRounding,
         /// How the input activations are quantized at run time; `None` leaves them as they are.
         activation: Option<Cast>,
     },
@@ -45,9 +45,20 @@ impl WeightSource<'_> {
     /// The declared scheme; `None` for a dense weight.
     pub fn scheme(&self) -> Option<Scheme> {
         match *self {
-            Self::Mx { weight, activation, .. } => Some(Scheme { weight, activation }),
+            Self::Mx { tensor, scale_rounding, activation } => {
+                Some(Scheme { weight: Cast { format: tensor.format(), scale_rounding }, activation })
+            }
             Self::Dense { .. } => None,
         }
+    }
+
+    /// Whether `self` and `other` can be parts of one weight: the same scheme or dense type, and the same columns.
+    pub fn stacks_with(&self, other: &WeightSource<'_>) -> bool {
+        let dtype = |source: &WeightSource<'_>| match source {
+            WeightSource::Dense { dtype, .. } => Some(*dtype),
+            WeightSource::Mx { .. } => None,
+        };
+        self.scheme() == other.scheme() && dtype(self) == dtype(other) && self.shape()[1] == other.shape()[1]
     }
 }
 
@@ -163,7 +174,8 @@ pub struct TokenLogprobs {
 
 /// A device. Made once, on the thread that uses it.
 ///
-/// Operators write into `out`; they never allocate device memory and never synchronize. `rows` is the number of
+/// Operators write into `out`; they never synchronize, and allocate nothing once their scratch has grown to the largest
+/// step. `rows` is the number of
 /// rows M in use; buffers may be longer. Activations have [`activation_dtype`](Self::activation_dtype).
 /// On every backend a row's result does not depend on the other rows of the call.
 pub trait Backend {
@@ -185,8 +197,8 @@ pub trait Backend {
     /// Out of memory.
     fn alloc(&self, dtype: Dtype, len: usize, component: Component) -> Result<Buffer>;
 
-    /// Stacks `parts` along rows (all `[_, K]`, one scheme) and repacks them once for this device. `bias`, if any,
-    /// has one element per stacked row.
+    /// Stacks `parts` along rows and repacks them once for this device; all of them
+    /// [stack with](WeightSource::stacks_with) each other. `bias`, if any, has one element per stacked row.
     ///
     /// # Errors
     /// Out of memory, or a format this device cannot run.
@@ -197,6 +209,9 @@ pub trait Backend {
     /// # Errors
     /// Out of memory, or a dtype this device has no attention kernel for.
     fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: Dtype) -> Result<PagedKv>;
+
+    /// Bytes of one block of a layer's KV cache.
+    fn kv_block_bytes(&self, heads: Heads, dtype: Dtype) -> usize;
 
     /// Copies `values` to `buffer[offset..]`, converting to its float dtype.
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]);

@@ -38,20 +38,20 @@ pub enum ConfigError {
         supported: String,
     },
     /// The file is there but cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Io {
         /// The file.
         path: String,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file is no JSON.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Json {
         /// The file.
         path: String,
         /// Why.
-        source: serde_json::Error,
+        error: serde_json::Error,
     },
 }
 

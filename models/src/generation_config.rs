@@ -38,9 +38,9 @@ impl GenerationConfig {
         let path = dir.join(FILE);
         let json = match fs::read_to_string(&path) {
             Ok(text) => serde_json::from_str(&text)
-                .map_err(|source| ConfigError::Json { path: path.display().to_string(), source })?,
+                .map_err(|error| ConfigError::Json { path: path.display().to_string(), error })?,
             Err(error) if error.kind() == ErrorKind::NotFound => Value::Object(serde_json::Map::new()),
-            Err(source) => return Err(ConfigError::Io { path: path.display().to_string(), source }),
+            Err(error) => return Err(ConfigError::Io { path: path.display().to_string(), error }),
         };
         Self::parse(&json, config)
     }

@@ -1,15 +1,14 @@
 //! The paged KV cache of all layers.
 
-use kernels::{Backend, Dtype, KV_BLOCK_TOKENS, PagedKv};
+use kernels::{Backend, Dtype, PagedKv};
 
 use crate::ModelConfig;
 
-/// Keys and values of every layer, in blocks of [`KV_BLOCK_TOKENS`] tokens. Block `b` is the same block in every
+/// Keys and values of every layer, in blocks of [`KV_BLOCK_TOKENS`](kernels::KV_BLOCK_TOKENS) tokens. Block `b` is the same block in every
 /// layer, so one block table serves the whole model.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<PagedKv>,
-    blocks: usize,
 }
 
 impl KvCache {
@@ -26,23 +25,12 @@ impl KvCache {
         let layers = (0..config.num_layers)
             .map(|_| backend.alloc_kv(blocks, config.heads, dtype))
             .collect::<kernels::Result<_>>()?;
-        Ok(Self { layers, blocks })
+        Ok(Self { layers })
     }
 
     /// Bytes that one block takes in all layers together.
-    pub fn bytes_per_block(config: &ModelConfig, dtype: Dtype) -> usize {
-        let values_per_token = 2 * config.heads.kv * config.heads.dim;
-        config.num_layers * KV_BLOCK_TOKENS * values_per_token * dtype.size_bytes()
-    }
-
-    /// Blocks that fit `budget_bytes`.
-    pub fn blocks_in(config: &ModelConfig, dtype: Dtype, budget_bytes: usize) -> usize {
-        budget_bytes / Self::bytes_per_block(config, dtype)
-    }
-
-    /// Number of blocks.
-    pub fn blocks(&self) -> usize {
-        self.blocks
+    pub fn bytes_per_block(backend: &dyn Backend, config: &ModelConfig, dtype: Dtype) -> usize {
+        config.num_layers * backend.kv_block_bytes(config.heads, dtype)
     }
 
     /// The caches of the layers, in order.

@@ -7,10 +7,10 @@
 //! ```text
 //! score[t] = scale * (q[0] k[t, 0] + q[1] k[t, 1] + ...)                   fused multiply-adds in order of dim
 //! p[t]     = exp(score[t] - max),  sum = tree over lanes of (in order of blocks: p[16 i + lane])
-//! out[d]   = (p[first] v[first, d] + ... + p[last] v[last, d]) / sum       fused multiply-adds in order of t
+//! out[d]   = (p[first] v[first, d] + ... + p[last] v[last, d]) * (1 / sum)  fused multiply-adds in order of t
 //! ```
 
-#![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
+#![allow(clippy::needless_range_loop, reason = "registers are indexed by head and output vector")]
 
 use super::simd::{LANES, Lanes, dispatch};
 use crate::backend::{Heads, KV_BLOCK_TOKENS};

@@ -9,18 +9,17 @@
 //! offset times the sum of its activations.
 
 #![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on its function's contract alone")]
 
 use std::arch::x86_64::*;
 use std::sync::Arc;
 
 use super::linear::{OutColumns, streamed_groups_per_task};
+use super::memory::Scratch;
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};
-use super::scratch::Scratch;
 use super::simd::LANES;
 use crate::buffer::MemoryAccount;
-use crate::mx::{Cast, ElementType, Scheme, quantize_block};
+use crate::mx::{Cast, Scheme, quantize_block};
 
 /// Bytes of a row group's decoded block: 16 rows x 32 elements.
 const DECODED: usize = LANES * BLOCK;
@@ -42,26 +41,18 @@ fn available() -> bool {
         && is_x86_feature_detected!("avx512vbmi")
 }
 
-/// The power of two by which an element type becomes int8; `None` if it has none.
-fn unit(element: ElementType) -> Option<f32> {
-    match element {
-        ElementType::E2m1 => Some(2.0),
-        ElementType::E2m3 => Some(8.0),
-        ElementType::Int8 => Some(64.0),
-        ElementType::Int4 => Some(4.0),
-        ElementType::E4m3 | ElementType::E5m2 | ElementType::E3m2 | ElementType::E3m0 => None,
-    }
-}
-
-/// How a weight's codes become unsigned bytes.
+/// How the codes of a scheme's weights and activations become bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct IntegerCodec {
     kind: Kind,
-    /// Signed byte of each code of up to 6 bits, raised by `offset`.
-    table: [u8; 64],
+    /// Unsigned byte of each weight code of up to 6 bits: the integer, raised by `offset`.
+    weights: [u8; 64],
     /// What the unsigned bytes are too high.
     offset: i32,
-    /// Reciprocal of the weight's unit.
+    activation: Cast,
+    /// Signed byte of each activation code.
+    activations: [i8; 256],
+    /// One over the product of the factors that made integers of weights and activations.
     unit: f32,
 }
 
@@ -75,24 +66,32 @@ enum Kind {
 impl IntegerCodec {
     /// The codec for `scheme`; `None` if its weights or activations are no integers, or without the instructions.
     pub(crate) fn for_scheme(scheme: Scheme) -> Option<Self> {
-        let (weight, activation) = (scheme.weight.format, scheme.activation?.format);
-        let blocks_fit = [weight, activation].iter().all(|f| f.block.size() == BLOCK);
-        if !blocks_fit || unit(activation.element).is_none() || !available() {
+        let (weight, activation) = (scheme.weight.format, scheme.activation?);
+        let blocks_fit = [weight, activation.format].iter().all(|f| f.block.size() == BLOCK);
+        let weight_factor = weight.element.spec().int8_factor()?;
+        let activation_factor = activation.format.element.spec().int8_factor()?;
+        if !blocks_fit || !available() {
             return None;
         }
-        let (element, unit) = (weight.element, unit(weight.element)?);
-        let kind = match element.spec().bits {
-            4 => Kind::Nibbles,
-            6 => Kind::Sextets,
-            _ => Kind::Bytes,
+        let bits = weight.element.spec().bits;
+        let (kind, offset) = match bits {
+            4 => (Kind::Nibbles, 64),
+            6 => (Kind::Sextets, 64),
+            _ => (Kind::Bytes, 128),
         };
-        let codes = if kind == Kind::Bytes { 0 } else { 1_usize << element.spec().bits };
-        let offset = if kind == Kind::Bytes { 128 } else { 64 };
-        let table = std::array::from_fn(|code| {
-            let code = if codes == 0 { 0 } else { code % codes };
-            ((element.decode(code as u8) * unit) as i32 + offset) as u8
-        });
-        Some(Self { kind, table, offset, unit: 1.0 / unit })
+        let code = |code: usize| (code & ((1 << bits) - 1)) as u8;
+        Some(Self {
+            kind,
+            weights: std::array::from_fn(|c| {
+                ((weight.element.decode(code(c)) * weight_factor) as i32 + offset) as u8
+            }),
+            offset,
+            activation,
+            activations: std::array::from_fn(|c| {
+                (activation.format.element.decode(c as u8) * activation_factor) as i8
+            }),
+            unit: 1.0 / (weight_factor * activation_factor),
+        })
     }
 }
 
@@ -101,7 +100,7 @@ struct Activations<'a> {
     bytes: *const i8,
     /// `[tokens, blocks]`: minus offset times the sum.
     starts: &'a [i32],
-    /// `[tokens, blocks]`: the scale over the units of weight and activation.
+    /// `[tokens, blocks]`: the activation's scale times the codec's unit.
     scales: &'a [f32],
     cols: usize,
     blocks: usize,
@@ -121,8 +120,12 @@ struct Problem<'a> {
 unsafe impl Sync for Problem<'_> {}
 
 /// Unsigned bytes of elements `4q .. 4q+4` of a row group.
+///
+/// # Safety
+/// [`available`]; `block` points to a whole block of the layout that `KIND` names, and `q < 8`.
 #[inline(always)]
 unsafe fn quad<const KIND: u8>(block: *const u8, q: usize, table: __m512i) -> __m512i {
+    // SAFETY: this function's conditions.
     unsafe {
         if KIND == Kind::Bytes as u8 {
             let words = _mm512_loadu_si512(block.add(q * LANES * 4).cast());
@@ -146,9 +149,12 @@ unsafe fn quad<const KIND: u8>(block: *const u8, q: usize, table: __m512i) -> __
     }
 }
 
+/// Every unsafe method: [`available`]; groups are inside the weight, blocks and tokens inside the activations, and
+/// scratch holds [`scratch_floats`].
 impl Problem<'_> {
     #[inline(always)]
     unsafe fn block_ptr(&self, group: usize, block: usize) -> *const u8 {
+        // SAFETY: this function's conditions.
         unsafe {
             let index = group * self.x.blocks + block;
             self.weight.codes.as_ptr().add(index * self.weight.storage.block_bytes())
@@ -158,6 +164,7 @@ impl Problem<'_> {
     #[inline(always)]
     unsafe fn weight_scale(&self, group: usize, block: usize) -> __m512 {
         use super::simd::Lanes;
+        // SAFETY: this function's conditions.
         unsafe {
             let index = group * self.x.blocks + block;
             super::simd::x86::Avx512::from_e8m0(self.weight.scales.as_ptr().add(index * LANES)).0
@@ -166,15 +173,16 @@ impl Problem<'_> {
 
     #[inline(always)]
     unsafe fn table(&self) -> __m512i {
-        unsafe { _mm512_loadu_si512(self.codec.table.as_ptr().cast()) }
+        unsafe { _mm512_loadu_si512(self.codec.weights.as_ptr().cast()) }
     }
 
-    /// `total + sum * (weight scale * activation scale)`.
+    /// `total + (sum * activation scale) * weight scale`: the product in brackets is exact, as it is in the definition.
     #[inline(always)]
     unsafe fn accumulate(&self, sum: __m512i, weight: __m512, t: usize, b: usize, total: __m512) -> __m512 {
+        // SAFETY: this function's conditions.
         unsafe {
             let scale = _mm512_set1_ps(*self.x.scales.get_unchecked(t * self.x.blocks + b));
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(weight, scale), total)
+            _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), weight, total)
         }
     }
 
@@ -194,6 +202,7 @@ impl Problem<'_> {
         let first = group * LANES;
         let lanes = (self.weight.shape[0] - first).min(LANES);
         let mask = ((1_u32 << lanes) - 1) as u16;
+        // SAFETY: this function's conditions.
         unsafe {
             let bias = match self.bias {
                 Some(bias) => _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(first)),
@@ -207,6 +216,7 @@ impl Problem<'_> {
     /// `G` row groups for all `T` tokens, weights decoded in registers.
     #[inline(always)]
     unsafe fn stream<const KIND: u8, const G: usize, const T: usize>(&self, group: usize) {
+        // SAFETY: this function's conditions.
         unsafe {
             let table = self.table();
             let mut total = [[_mm512_setzero_ps(); T]; G];
@@ -247,18 +257,20 @@ impl Problem<'_> {
 
     #[inline(always)]
     unsafe fn stream_groups<const KIND: u8, const G: usize, const T: usize>(&self, from: usize, to: usize) {
+        // SAFETY: this function's conditions.
         unsafe {
             let mut group = from;
             while group + G <= to {
                 self.stream::<KIND, G, T>(group);
                 group += G;
             }
-            while group + 2 <= to {
+            if G > 2 && group + 2 <= to {
                 self.stream::<KIND, 2, T>(group);
                 group += 2;
             }
-            if group < to {
+            while group < to {
                 self.stream::<KIND, 1, T>(group);
+                group += 1;
             }
         }
     }
@@ -272,6 +284,7 @@ impl Problem<'_> {
         decoded: *const u8,
         scales: *const f32,
     ) {
+        // SAFETY: this function's conditions.
         unsafe {
             let mut total = [[_mm512_setzero_ps(); G]; T];
             for b in 0..self.x.blocks {
@@ -310,6 +323,7 @@ impl Problem<'_> {
     /// `G` row groups for all tokens, weights decoded once into `scratch`.
     #[inline(always)]
     unsafe fn blocked<const KIND: u8, const G: usize>(&self, group: usize, scratch: *mut f32) {
+        // SAFETY: this function's conditions.
         unsafe {
             let table = self.table();
             let blocks = self.x.blocks;
@@ -344,6 +358,7 @@ impl Problem<'_> {
     /// Row groups `from..to`.
     #[inline(always)]
     unsafe fn groups<const KIND: u8>(&self, from: usize, to: usize, scratch: *mut f32) {
+        // SAFETY: this function's conditions.
         unsafe {
             match self.x.tokens {
                 1 => self.stream_groups::<KIND, STREAM_GROUPS, 1>(from, to),
@@ -368,6 +383,7 @@ impl Problem<'_> {
     /// [`available`]; the groups are inside the weight and this call's alone; `scratch` holds [`scratch_floats`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
     unsafe fn run(&self, from: usize, to: usize, scratch: *mut f32) {
+        // SAFETY: this function's conditions.
         unsafe {
             match self.codec.kind {
                 Kind::Nibbles => self.groups::<{ Kind::Nibbles as u8 }>(from, to, scratch),
@@ -404,31 +420,21 @@ impl IntegerScratch {
 }
 
 /// Quantizes one row: bytes, and per block the start of its sums and its scale.
-#[allow(clippy::too_many_arguments, reason = "one row of each output")]
-fn quantize_row(
-    cast: Cast,
-    table: &[i8; 256],
-    codec: &IntegerCodec,
-    unit: f32,
-    x: &[f32],
-    bytes: &mut [i8],
-    starts: &mut [i32],
-    scales: &mut [f32],
-) {
+fn quantize_row(codec: &IntegerCodec, x: &[f32], bytes: &mut [i8], starts: &mut [i32], scales: &mut [f32]) {
     let blocks = x.chunks_exact(BLOCK).zip(bytes.chunks_exact_mut(BLOCK));
     for (((x, bytes), start), scale) in blocks.zip(starts).zip(scales) {
         let mut codes = [0; BLOCK];
-        *scale = quantize_block(cast, x, &mut codes).to_f32() * unit;
+        *scale = quantize_block(codec.activation, x, &mut codes).to_f32() * codec.unit;
         let mut sum = 0;
         for (byte, code) in bytes.iter_mut().zip(codes) {
-            *byte = table[usize::from(code)];
+            *byte = codec.activations[usize::from(code)];
             sum += i32::from(*byte);
         }
         *start = -codec.offset * sum;
     }
 }
 
-/// As [`super::linear::linear`], with `x` `[tokens, K]` quantized by `activation`, whose elements have a [`unit`].
+/// As [`super::linear::linear`], with `x` `[tokens, K]` quantized as the codec's scheme declares.
 ///
 /// # Panics
 /// A slice is too short.
@@ -438,7 +444,6 @@ pub(crate) fn linear(
     scratch: &mut IntegerScratch,
     weight: &PackedWeight,
     codec: &IntegerCodec,
-    activation: Cast,
     bias: Option<&[f32]>,
     x: &[f32],
     tokens: usize,
@@ -449,10 +454,7 @@ pub(crate) fn linear(
     assert!(x.len() >= tokens * cols, "x holds the rows");
     assert!(columns.column + weight.shape[0] <= columns.width, "the result's columns are inside a row");
     assert!(out.len() >= tokens * columns.width, "out holds the result");
-    let element = activation.format.element;
-    let activation_unit = unit(element).expect("an integer activation format");
-    let table: [i8; 256] = std::array::from_fn(|code| (element.decode(code as u8) * activation_unit) as i8);
-    let scale_unit = codec.unit / activation_unit;
+    assert!(bias.is_none_or(|bias| bias.len() == weight.shape[0]), "one bias per output");
 
     let bytes = scratch.bytes.take(tokens * cols);
     let starts = scratch.starts.take(tokens * blocks);
@@ -463,9 +465,9 @@ pub(crate) fn linear(
         DisjointSlices::new(scales, blocks),
     );
     pool.run(tokens, &|t, _| {
-        // Each row is taken once.
+        // SAFETY: each row is taken once.
         let (bytes, starts, scales) = unsafe { (pieces.0.slice(t), pieces.1.slice(t), pieces.2.slice(t)) };
-        quantize_row(activation, &table, codec, scale_unit, &x[t * cols..][..cols], bytes, starts, scales);
+        quantize_row(codec, &x[t * cols..][..cols], bytes, starts, scales);
     });
 
     let threads = pool.threads();
@@ -476,7 +478,7 @@ pub(crate) fn linear(
         codec,
         x: Activations { bytes: bytes.as_ptr(), starts, scales, cols, blocks, tokens },
         bias,
-        // Inside `out`, as asserted.
+        // SAFETY: inside `out`, as asserted.
         out: unsafe { out.as_mut_ptr().add(columns.column) },
         out_stride: columns.width,
     };
@@ -485,7 +487,7 @@ pub(crate) fn linear(
         if tokens <= STREAM_TOKENS { streamed_groups_per_task(groups, threads) } else { TILE_GROUPS };
     pool.run(groups.div_ceil(per_task), &|task, thread| {
         let from = task * per_task;
-        // One piece of scratch per thread; the groups are this task's alone; the codec exists only where the
+        // SAFETY: one piece of scratch per thread; the groups are this task's alone; the codec exists only where the
         // instructions are available.
         unsafe {
             problem.run(from, (from + per_task).min(groups), decoded.slice(thread).as_mut_ptr());

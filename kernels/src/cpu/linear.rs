@@ -28,7 +28,7 @@ const TILE_GROUPS: usize = 2;
 const TILE_TOKENS: usize = 12;
 /// Tokens of a tile of one row group where there are sixteen registers of half the size.
 const NARROW_TILE_TOKENS: usize = 6;
-/// Blocks along K that are decoded into scratch at a time: 32 x 32 x 2 x 16 floats, half of a usual L2 cache's 512 KiB.
+/// Blocks along K that are decoded into scratch at a time: 32 x 32 x 2 x 16 floats, 128 KiB of the L2 cache.
 const PANEL_BLOCKS: usize = 32;
 
 /// Floats of a decoded panel.
@@ -239,12 +239,13 @@ unsafe fn stream_groups<L: Lanes, C: Codec, const SCALED: bool, const G: usize, 
             stream::<L, C, SCALED, G, T>(p, codec, group);
             group += G;
         }
-        while group + 2 <= to {
+        if G > 2 && group + 2 <= to {
             stream::<L, C, SCALED, 2, T>(p, codec, group);
             group += 2;
         }
-        if group < to {
+        while group < to {
             stream::<L, C, SCALED, 1, T>(p, codec, group);
+            group += 1;
         }
     }
 }
@@ -442,7 +443,7 @@ pub(crate) const fn scratch_floats(tokens: usize) -> usize {
 pub(crate) fn streamed_groups_per_task(groups: usize, threads: usize) -> usize {
     const WANTED: usize = 6;
     let rounds = (groups as f64 / (threads * WANTED) as f64).round().max(1.0) as usize;
-    groups.div_ceil(threads * rounds)
+    groups.div_ceil(threads * rounds).max(1)
 }
 
 /// Where a product's result goes: N columns from `column` of rows of `width`.

@@ -5,10 +5,10 @@ mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 mod linear;
+mod memory;
 mod packed;
 mod pool;
 mod sampling;
-mod scratch;
 mod simd;
 #[cfg(test)]
 mod tests;
@@ -18,10 +18,11 @@ use std::sync::Arc;
 
 use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
 use self::linear::{OutColumns, linear, scratch_floats};
-use self::packed::BLOCK;
+use self::memory::{Scratch, zeros};
 pub(crate) use self::packed::PackedWeight;
+use self::packed::{BLOCK, PackError};
 use self::pool::{DisjointSlices, Pool};
-use self::scratch::Scratch;
+use self::sampling::Sampler;
 use self::simd::Isa;
 use crate::backend::{
     AttentionInputs, Backend, HeadNorm, Heads, PagedKv, SampleParams, TokenLogprobs, WeightSource,
@@ -51,8 +52,8 @@ struct State {
     input: Scratch,
     /// Scores, per thread.
     scores: Scratch,
-    /// Sampling weights.
-    weights: Scratch,
+    /// One per thread.
+    samplers: Vec<Sampler>,
 }
 
 impl CpuBackend {
@@ -63,14 +64,15 @@ impl CpuBackend {
 
     fn with_isa(threads: usize, isa: Isa) -> Self {
         let memory = Arc::default();
+        let pool = Pool::new(threads);
         let state = RefCell::new(State {
-            pool: Pool::new(threads),
             linear: Scratch::new(&memory),
             #[cfg(target_arch = "x86_64")]
             integer: integer::IntegerScratch::new(&memory),
             input: Scratch::new(&memory),
             scores: Scratch::new(&memory),
-            weights: Scratch::new(&memory),
+            samplers: (0..pool.threads()).map(|_| Sampler::default()).collect(),
+            pool,
         });
         Self { isa, memory, state }
     }
@@ -127,27 +129,6 @@ fn packed(weight: &Weight) -> &PackedWeight {
     }
 }
 
-/// Plain numbers whose zero is all bits zero.
-trait Number: Copy {}
-impl Number for f32 {}
-impl Number for u16 {}
-impl Number for u32 {}
-
-/// `len` zeros, or `None` if the system refuses. Pages that are never written take no memory: a KV cache costs what
-/// is in use.
-fn zeros<T: Number>(len: usize) -> Option<Vec<T>> {
-    let layout = std::alloc::Layout::array::<T>(len).ok()?;
-    if layout.size() == 0 {
-        return Some(Vec::new());
-    }
-    // SAFETY: the layout has a size; what comes back is `len` zeroed numbers in an allocation of that layout, as
-    // `Vec` makes and frees it.
-    unsafe {
-        let start = std::alloc::alloc_zeroed(layout).cast::<T>();
-        (!start.is_null()).then(|| Vec::from_raw_parts(start, len, len))
-    }
-}
-
 impl Backend for CpuBackend {
     fn description(&self) -> String {
         let threads = self.state.borrow().pool.threads();
@@ -186,15 +167,17 @@ impl Backend for CpuBackend {
     fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
         let first = parts.first().expect("a weight has at least one part");
         let scheme = first.scheme();
-        assert!(
-            parts.iter().all(|p| p.scheme() == scheme && p.shape()[1] == first.shape()[1]),
-            "stacked parts share scheme and columns"
-        );
-        let weight = PackedWeight::new(parts, &mut self.state.borrow_mut().pool).ok_or_else(|| {
-            Error::Unsupported {
-                what: format!("a weight in {}", scheme.map_or_else(|| "this type".into(), |s| s.to_string())),
+        assert!(parts.iter().all(|part| part.stacks_with(first)), "parts stack with each other");
+        let packed = PackedWeight::new(parts, &mut self.state.borrow_mut().pool);
+        let weight = packed.map_err(|error| match error {
+            PackError::OutOfMemory(bytes) => self.out_of_memory("a weight", bytes),
+            PackError::UnsupportedBlock => Error::Unsupported {
+                what: match scheme {
+                    Some(scheme) => format!("{scheme} with {} columns", first.shape()[1]),
+                    None => "this weight".to_owned(),
+                },
                 device: self.description(),
-            }
+            },
         })?;
         assert!(bias.is_none_or(|b| b.len() == weight.shape[0]), "one bias per row");
         let (codes, scales) = (weight.codes.as_slice().len(), weight.scales.as_slice().len());
@@ -227,6 +210,11 @@ impl Backend for CpuBackend {
             v: self.alloc(dtype, blocks * geometry.v_block(), Component::KvCache)?,
             blocks,
         })
+    }
+
+    fn kv_block_bytes(&self, heads: Heads, dtype: Dtype) -> usize {
+        let geometry = KvGeometry { heads };
+        (geometry.k_block() + geometry.v_block()) * dtype.size_bytes()
     }
 
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {
@@ -326,10 +314,10 @@ impl Backend for CpuBackend {
         let cols = weight.shape[1];
         let padded = cols.next_multiple_of(BLOCK);
         #[cfg(target_arch = "x86_64")]
-        if let (Isa::Avx512, Some(codec), Some(activation)) = (self.isa, &weight.integer, activation) {
+        if let (Isa::Avx512, Some(codec)) = (self.isa, &weight.integer) {
             let State { pool, integer, .. } = &mut *self.state.borrow_mut();
             let out = floats_mut(out);
-            integer::linear(pool, integer, weight, codec, activation, bias, x, rows, out, columns);
+            integer::linear(pool, integer, weight, codec, bias, x, rows, out, columns);
             return;
         }
         let State { pool, linear: scratch, input, .. } = &mut *self.state.borrow_mut();
@@ -378,14 +366,16 @@ impl Backend for CpuBackend {
     ) {
         let (isa, rope, slots) = (self.isa, floats(rope), integers(slots));
         let (dim, width) = (heads.dim, heads.qkv_width());
+        assert!(dim.is_multiple_of(2), "a head is made of pairs");
+        let norm = norm.map(|norm| (floats(norm.q), floats(norm.k), norm.eps));
+        assert!(norm.is_none_or(|(q, k, _)| q.len() == dim && k.len() == dim), "one norm weight per element");
         self.for_rows(rows, width, floats_mut(qkv), &|m, row| {
             let (cos, sin) = rope[m * dim..][..dim].split_at(dim / 2);
             for (h, head) in row.chunks_exact_mut(dim).take(heads.q + heads.kv).enumerate() {
                 // SAFETY: `isa` is available.
                 unsafe {
-                    if let Some(norm) = norm {
-                        let weight = floats(if h < heads.q { norm.q } else { norm.k });
-                        elementwise::head_norm(isa, head, weight, norm.eps);
+                    if let Some((q, k, eps)) = norm {
+                        elementwise::head_norm(isa, head, if h < heads.q { q } else { k }, eps);
                     }
                     elementwise::rotate(isa, head, cos, sin);
                 }
@@ -461,13 +451,15 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer) {
-        let logits = floats(logits);
-        let mut state = self.state.borrow_mut();
-        let weights = state.weights.take(width);
+        let (isa, logits) = (self.isa, floats(logits));
         let Storage::HostU32(out) = &mut out.storage else { panic!("tokens are U32") };
-        for ((out, logits), params) in out.iter_mut().zip(logits.chunks_exact(width)).zip(params) {
-            *out = sampling::sample(self.isa, logits, params, weights);
-        }
+        let State { pool, samplers, .. } = &mut *self.state.borrow_mut();
+        let (out, samplers) = (DisjointSlices::new(out, 1), DisjointSlices::new(samplers, 1));
+        pool.run(params.len(), &|m, thread| {
+            // SAFETY: each row is taken once, and each thread has its own sampler.
+            let (out, sampler) = unsafe { (out.slice(m), samplers.slice(thread)) };
+            out[0] = sampler[0].sample(isa, &logits[m * width..][..width], &params[m]);
+        });
     }
 
     fn logprobs(

@@ -19,6 +19,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::integer::IntegerCodec;
+use super::memory::AlignedBytes;
 use super::pool::{DisjointSlices, Pool};
 use super::simd::{HalfFields, LANES};
 use crate::backend::{DenseDtype, WeightSource};
@@ -75,36 +76,6 @@ impl Storage {
     }
 }
 
-/// Cache-line aligned bytes.
-#[derive(Debug)]
-pub(crate) struct AlignedBytes {
-    lines: Vec<Line>,
-}
-
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl AlignedBytes {
-    fn zeroed(bytes: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); bytes.div_ceil(64)] }
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const u8 {
-        self.lines.as_ptr().cast()
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: `Line` is 64 plain bytes without padding.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 64) }
-    }
-
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 64) }
-    }
-}
-
 /// A weight in this layout.
 #[derive(Debug)]
 pub(crate) struct PackedWeight {
@@ -120,25 +91,39 @@ pub(crate) struct PackedWeight {
     pub(crate) integer: Option<IntegerCodec>,
 }
 
+/// Why a weight was not packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PackError {
+    /// There is no kernel for the blocks.
+    UnsupportedBlock,
+    /// The system refused this many bytes.
+    OutOfMemory(usize),
+}
+
 impl PackedWeight {
-    /// Packs the stacked rows of `parts`: all with `cols` columns, and one storage. `None` if there is no kernel for
-    /// the format.
-    pub(crate) fn new(parts: &[WeightSource<'_>], pool: &mut Pool) -> Option<Self> {
+    /// Packs the stacked rows of `parts`, which stack with each other.
+    pub(crate) fn new(parts: &[WeightSource<'_>], pool: &mut Pool) -> Result<Self, PackError> {
         let cols = parts[0].shape()[1];
         let rows = parts.iter().map(|p| p.shape()[0]).sum();
         let storage = match &parts[0] {
-            WeightSource::Mx { tensor, .. } if tensor.format().block.size() == BLOCK => {
+            WeightSource::Mx { tensor, activation, .. } => {
+                // The activation's blocks must be whole in a row too.
+                let fits = activation.is_none_or(|a| cols.is_multiple_of(a.format.block.size()));
+                if tensor.format().block.size() != BLOCK || !fits {
+                    return Err(PackError::UnsupportedBlock);
+                }
                 Storage::of(tensor.format().element)
             }
-            WeightSource::Mx { .. } => return None,
             WeightSource::Dense { dtype, .. } => Storage::Dense(*dtype),
         };
         #[cfg(target_arch = "x86_64")]
         let integer = parts[0].scheme().and_then(IntegerCodec::for_scheme);
         let (groups, blocks) = (usize::div_ceil(rows, LANES), usize::div_ceil(cols, BLOCK));
         let has_scales = !matches!(storage, Storage::Dense(_));
-        let mut codes = AlignedBytes::zeroed(groups * blocks * storage.block_bytes());
-        let mut scales = AlignedBytes::zeroed(if has_scales { groups * blocks * LANES } else { 0 });
+        let code_bytes = groups * blocks * storage.block_bytes();
+        let scale_bytes = if has_scales { groups * blocks * LANES } else { 0 };
+        let zeroed = |bytes| AlignedBytes::zeroed(bytes).ok_or(PackError::OutOfMemory(bytes));
+        let (mut codes, mut scales) = (zeroed(code_bytes)?, zeroed(scale_bytes)?);
         let code_groups = DisjointSlices::new(codes.as_mut_slice(), blocks * storage.block_bytes());
         let scale_groups =
             DisjointSlices::new(scales.as_mut_slice(), if has_scales { blocks * LANES } else { 0 });
@@ -147,7 +132,7 @@ impl PackedWeight {
             let (codes, scales) = unsafe { (code_groups.slice(group), scale_groups.slice(group)) };
             pack_group(&storage, parts, group * LANES, codes, scales);
         });
-        Some(Self {
+        Ok(Self {
             shape: [rows, cols],
             storage,
             codes,

@@ -159,11 +159,8 @@ impl Pool {
             // With more threads than processors a worker may need ours to finish.
             if spins.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
-        if let Err(panic) = own {
-            resume_unwind(panic);
-        }
-        let panic = self.shared.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(panic) = panic {
+        let theirs = self.shared.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(panic) = own.err().or(theirs) {
             resume_unwind(panic);
         }
     }
@@ -246,6 +243,15 @@ mod tests {
         let mut pool = Pool::new(2);
         let result = catch_unwind(AssertUnwindSafe(|| {
             pool.run(8, &|task, _| assert!(task != 5, "task five"));
+        }));
+        assert!(result.is_err());
+        // Both threads panic; nothing of it is left for the next region.
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            let barrier = std::sync::Barrier::new(2);
+            pool.run(2, &|task, _| {
+                barrier.wait();
+                panic!("task {task}");
+            });
         }));
         assert!(result.is_err());
         let done = AtomicUsize::new(0);

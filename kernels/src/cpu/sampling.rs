@@ -83,85 +83,98 @@ fn argmax(isa: Isa, row: &[f32]) -> u32 {
     row.iter().position(|&x| x == max).unwrap_or(0) as u32
 }
 
-/// Draws a token from one row of logits. `weights` is scratch of the row's length.
-///
-/// Tokens are kept by top-k, then top-p, then min-p, most likely first and lower ids first among equals; the draw runs
-/// over the kept tokens in order of id.
-pub(crate) fn sample(isa: Isa, row: &[f32], params: &SampleParams, weights: &mut [f32]) -> u32 {
-    if params.temperature <= 0.0 {
-        return argmax(isa, row);
-    }
-    // SAFETY: `isa` is available.
-    unsafe {
-        let max = max_of(isa, row);
-        if !max.is_finite() {
-            return argmax(isa, row);
-        }
-        exp_all(isa, row, max, 1.0 / params.temperature, weights);
-    }
-    // A masked logit is -inf: never drawn, where the exponential's clamp would leave it a trace.
-    for (weight, &x) in weights.iter_mut().zip(row) {
-        if x == f32::NEG_INFINITY || x.is_nan() {
-            *weight = 0.0;
-        }
-    }
-    restrict(params, weights);
-    let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
-    let target = uniform(params.seed, params.draw) * total;
-    let mut cumulative = 0.0;
-    let mut last = 0;
-    for (id, &weight) in weights.iter().enumerate() {
-        if weight > 0.0 {
-            cumulative += f64::from(weight);
-            last = id;
-            if cumulative > target {
-                break;
-            }
-        }
-    }
-    last as u32
+/// Draws tokens; holds the memory that this takes.
+#[derive(Debug, Default)]
+pub(crate) struct Sampler {
+    /// e^((logit - max) / temperature), zero for tokens that are dropped.
+    weights: Vec<f32>,
+    /// Tokens that may be kept.
+    candidates: Vec<(f32, u32)>,
 }
 
-/// Sets the weights of tokens that top-k, top-p and min-p drop to zero. The largest weight is 1.
-fn restrict(params: &SampleParams, weights: &mut [f32]) {
-    let top_k = params.top_k.map_or(weights.len(), |k| k as usize);
-    if top_k >= weights.len() && params.top_p >= 1.0 {
-        if params.min_p > 0.0 {
-            weights.iter_mut().filter(|w| **w < params.min_p).for_each(|w| *w = 0.0);
+impl Sampler {
+    /// Draws a token from one row of logits.
+    ///
+    /// Tokens are kept by top-k, then top-p, then min-p, most likely first and lower ids first among equals; the draw
+    /// runs over the kept tokens in order of id.
+    pub(crate) fn sample(&mut self, isa: Isa, row: &[f32], params: &SampleParams) -> u32 {
+        if params.temperature <= 0.0 {
+            return argmax(isa, row);
         }
-        return;
+        self.weights.resize(row.len(), 0.0);
+        // SAFETY: `isa` is available.
+        unsafe {
+            let max = max_of(isa, row);
+            if !max.is_finite() {
+                return argmax(isa, row);
+            }
+            exp_all(isa, row, max, 1.0 / params.temperature, &mut self.weights);
+        }
+        // A masked logit is -inf: never drawn, where the exponential's clamp would leave it a trace.
+        for (weight, &x) in self.weights.iter_mut().zip(row) {
+            if x == f32::NEG_INFINITY || x.is_nan() {
+                *weight = 0.0;
+            }
+        }
+        self.restrict(params);
+        let total: f64 = self.weights.iter().map(|&w| f64::from(w)).sum();
+        let target = uniform(params.seed, params.draw) * total;
+        let mut cumulative = 0.0;
+        let mut last = 0;
+        for (id, &weight) in self.weights.iter().enumerate() {
+            if weight > 0.0 {
+                cumulative += f64::from(weight);
+                last = id;
+                if cumulative > target {
+                    break;
+                }
+            }
+        }
+        last as u32
     }
-    // Tokens below (1 - top_p) / V of the total add up to less than 1 - top_p: top-p never needs them.
-    let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
-    let unneeded = if top_k >= weights.len() {
-        ((1.0 - f64::from(params.top_p)) * total / weights.len() as f64) as f32
-    } else {
-        0.0
-    };
-    let mut kept: Vec<(f32, u32)> =
-        (0..).zip(weights.iter()).filter(|&(_, &w)| w > 0.0 && w >= unneeded).map(|(i, &w)| (w, i)).collect();
-    let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    if top_k < kept.len() {
-        kept.select_nth_unstable_by(top_k, order);
-        kept.truncate(top_k);
-    }
-    kept.sort_unstable_by(order);
-    if params.top_p < 1.0 {
-        // Top-p is of the probability that top-k left.
-        let total: f64 =
-            if top_k < weights.len() { kept.iter().map(|&(w, _)| f64::from(w)).sum() } else { total };
-        let enough = f64::from(params.top_p) * total;
-        let mut sum = 0.0;
-        let len = kept.iter().position(|&(w, _)| {
-            sum += f64::from(w);
-            sum >= enough
-        });
-        kept.truncate(len.map_or(kept.len(), |last| last + 1));
-    }
-    kept.retain(|&(w, _)| w >= params.min_p);
-    weights.fill(0.0);
-    for (w, id) in kept {
-        weights[id as usize] = w;
+
+    /// Sets the weights of tokens that top-k, top-p and min-p drop to zero. The largest weight is 1.
+    fn restrict(&mut self, params: &SampleParams) {
+        let Self { weights, candidates: kept } = self;
+        let vocabulary = weights.len();
+        let top_k = params.top_k.map_or(vocabulary, |k| k as usize);
+        if top_k >= vocabulary && params.top_p >= 1.0 {
+            weights.iter_mut().filter(|w| **w < params.min_p).for_each(|w| *w = 0.0);
+            return;
+        }
+        // Tokens below (1 - top_p) / V of the total add up to less than 1 - top_p: top-p never needs them.
+        let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+        let unneeded = if top_k >= vocabulary {
+            ((1.0 - f64::from(params.top_p)) * total / vocabulary as f64) as f32
+        } else {
+            0.0
+        };
+        kept.clear();
+        kept.extend(
+            (0..).zip(weights.iter()).filter(|&(_, &w)| w > 0.0 && w >= unneeded).map(|(id, &w)| (w, id)),
+        );
+        let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if top_k < kept.len() {
+            kept.select_nth_unstable_by(top_k, order);
+            kept.truncate(top_k);
+        }
+        kept.sort_unstable_by(order);
+        if params.top_p < 1.0 {
+            // Top-p is of the probability that top-k left.
+            let total: f64 =
+                if top_k < vocabulary { kept.iter().map(|&(w, _)| f64::from(w)).sum() } else { total };
+            let enough = f64::from(params.top_p) * total;
+            let mut sum = 0.0;
+            let last = kept.iter().position(|&(w, _)| {
+                sum += f64::from(w);
+                sum >= enough
+            });
+            kept.truncate(last.map_or(kept.len(), |last| last + 1));
+        }
+        weights.fill(0.0);
+        for &(w, id) in kept.iter().filter(|&&(w, _)| w >= params.min_p) {
+            weights[id as usize] = w;
+        }
     }
 }
 
@@ -186,4 +199,10 @@ pub(crate) fn logprobs(isa: Isa, row: &[f32], target: u32, top: usize) -> TokenL
     }
     best.iter_mut().for_each(|(_, x)| *x -= log_sum);
     TokenLogprobs { logprob: own - log_sum, rank, top: best }
+}
+
+#[cfg(test)]
+dispatch! {
+    /// e^(x - max) of a row, for tests of the exponential.
+    pub(crate) fn exp_of(row: &[f32], max: f32, inverse_temperature: f32, out: &mut [f32]) = exp_row
 }

@@ -3,7 +3,10 @@
 use super::simd::Isa;
 use super::*;
 use crate::backend::{DenseDtype, KV_BLOCK_TOKENS};
-use crate::mx::{Cast, ElementRounding, ElementType, MxFormat, MxTensor, Specials, Values, quantize_rows};
+use crate::mx::{
+    Block, Cast, ElementRounding, ElementType, MxFormat, MxTensor, ScaleRounding, Specials, Values,
+    quantize_rows,
+};
 use crate::reference;
 
 /// Seeded numbers in [-1, 1), with some structure in their magnitudes.
@@ -101,7 +104,7 @@ impl TestWeight {
     }
 
     fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
-        WeightSource::Mx { tensor: self.tensor(), weight: self.format.into(), activation }
+        WeightSource::Mx { tensor: self.tensor(), scale_rounding: ScaleRounding::Floor, activation }
     }
 
     /// Element values and scales such that value = element * scale; integers carry no fraction in the element.
@@ -289,6 +292,20 @@ fn packed_weights_take_the_bytes_of_their_format() {
 }
 
 #[test]
+fn a_kv_block_takes_the_bytes_it_says() {
+    let backend = CpuBackend::new(1);
+    for dim in [24, 64] {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let heads = Heads { q: 4, kv: 2, dim };
+            let cache = backend.alloc_kv(5, heads, dtype).unwrap();
+            let held = backend.memory().bytes(Component::KvCache);
+            assert_eq!(held, 5 * backend.kv_block_bytes(heads, dtype), "{dim} {dtype:?}");
+            assert_eq!(held, (cache.k.len() + cache.v.len()) * dtype.size_bytes());
+        }
+    }
+}
+
+#[test]
 fn row_operators_equal_their_definition() {
     for width in [64, 100, 576] {
         for rows in [1, 40] {
@@ -432,17 +449,19 @@ fn attention_equals_its_definition_and_does_not_depend_on_chunks_or_neighbours()
 }
 
 #[test]
-fn exp_is_within_two_ulp_and_keeps_nan() {
+fn exp_is_within_two_ulp_on_every_instruction_set_and_keeps_nan() {
     let xs: Vec<f32> = (-87_000..88_000).map(|i| i as f32 * 1e-3 + 3e-4).collect();
-    for backend in backends() {
-        // silu(x) * up with gate = x: recover 1 + e^-x from it would lose bits; log-probabilities use exp directly.
-        let logits = upload_f32(&backend, &xs);
-        let out = backend.logprobs(&logits, xs.len(), &[0], &[5], 3);
-        let expected = reference::log_softmax(&xs);
-        assert!((out[0].logprob - expected[5]).abs() < 1e-4);
-        assert_eq!(out[0].top[0].0 as usize, xs.len() - 1);
-        assert_eq!(out[0].rank as usize, xs.len() - 5);
-        assert!((out[0].top[1].1 - expected[xs.len() - 2]).abs() < 1e-4);
+    let mut first: Option<Vec<f32>> = None;
+    for isa in Isa::available() {
+        let mut out = vec![0.0; xs.len()];
+        // SAFETY: `isa` is available.
+        unsafe { sampling::exp_of(isa, &xs, 0.0, 1.0, &mut out) };
+        for (x, y) in xs.iter().zip(&out) {
+            let exact = f64::from(*x).exp();
+            let ulp = f64::from(f32::from_bits(y.to_bits() + 1)) - f64::from(*y);
+            assert!((f64::from(*y) - exact).abs() <= 2.0 * ulp, "e^{x} is {exact}, not {y} ({isa:?})");
+        }
+        assert_bits(&out, first.get_or_insert_with(|| out.clone()), "e^x");
     }
     let mut nan = vec![1.0; 16];
     nan[3] = f32::NAN;
@@ -451,6 +470,71 @@ fn exp_is_within_two_ulp_and_keeps_nan() {
         backend.silu_mul(&upload_f32(&backend, &nan), 1, 8, &mut out);
         let out = read(&backend, &out);
         assert!(out[3].is_nan() && out[2].is_finite());
+    }
+}
+
+#[test]
+fn log_probabilities_equal_their_definition() {
+    for backend in backends() {
+        for width in [5, 16, 1000] {
+            let logits: Vec<f32> = Random(7).vec(2 * width).iter().map(|v| v * 12.0).collect();
+            let buffer = upload_f32(&backend, &logits);
+            let targets = [3, width as u32 - 1];
+            let out = backend.logprobs(&buffer, width, &[1, 0], &targets, 3);
+            for (row, (actual, target)) in [1, 0].into_iter().zip(out.iter().zip(targets)) {
+                let expected = reference::log_softmax(&logits[row * width..][..width]);
+                let own = expected[target as usize];
+                assert!((actual.logprob - own).abs() < 2e-5, "{} is not {own}", actual.logprob);
+                let mut order: Vec<usize> = (0..width).collect();
+                order.sort_by(|&a, &b| expected[b].total_cmp(&expected[a]));
+                assert_eq!(order[actual.rank as usize - 1], target as usize);
+                assert_eq!(actual.top.len(), 3);
+                for ((id, logprob), &best) in actual.top.iter().zip(&order) {
+                    assert_eq!(*id as usize, best);
+                    assert!((logprob - expected[best]).abs() < 2e-5);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_no_kernel_is_refused_when_it_is_uploaded() {
+    let backend = CpuBackend::new(1);
+    let format = |element, size| MxFormat { element, block: Block::along_k(size).unwrap() };
+    for size in [16, 64] {
+        let weight = TestWeight::random(format(ElementType::E2m1, size), [16, 64], 1);
+        let error = backend.upload(&[weight.source(None)], None).unwrap_err().to_string();
+        assert!(error.contains(&format!("mxfp4_k{size}")), "{error}");
+    }
+    // Blocks of 64 do not fit rows of 96 activations.
+    let weight = TestWeight::random(format(ElementType::E2m1, 32), [16, 96], 1);
+    let activation = Cast::from(format(ElementType::Int8, 64));
+    let error = backend.upload(&[weight.source(Some(activation))], None).unwrap_err().to_string();
+    assert!(error.contains("mxfp4:mxint8_k64 with 96 columns"), "{error}");
+}
+
+#[test]
+fn both_ends_of_the_scales_are_multiplied_as_defined() {
+    let shape = [16, 64];
+    let mut weight = TestWeight::random("mxint8".parse().unwrap(), shape, 2);
+    weight.scales.iter_mut().enumerate().for_each(|(i, s)| *s = if i % 2 == 0 { 2 } else { 250 });
+    let (elements, scales) = weight.parts();
+    // Small activations meet large scales, and large ones small scales.
+    let x: Vec<f32> = (Random(3).vec(5 * 64).iter().enumerate())
+        .map(|(i, v)| if i % 64 < 32 { v * 2.0_f32.powi(60) } else { v * 2.0_f32.powi(-60) })
+        .collect();
+    let cast = Cast::from("mxint8".parse::<MxFormat>().unwrap());
+    let mut quantized = vec![0.0; x.len()];
+    quantize_dequantize(cast, &x, &mut quantized);
+    let expected = reference::linear(&quantized, &elements, Some(&scales), None, shape);
+    for backend in backends() {
+        let w = backend.upload(&[weight.source(Some(cast))], None).unwrap();
+        for rows in [1, 5] {
+            let mut out = poison(&backend, rows * 16);
+            backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, 16, 0);
+            assert_bits(&read(&backend, &out), &expected[..rows * 16], &backend.description());
+        }
     }
 }
 
@@ -481,6 +565,15 @@ fn sampling_follows_the_distribution_and_its_restrictions() {
         for (c, p) in free.iter().zip(probabilities) {
             let sd = (4000.0 * p * (1.0 - p)).sqrt();
             assert!((*c as f32 - 4000.0 * p).abs() < 5.0 * sd, "{free:?}");
+        }
+        for temperature in [0.5_f32, 2.0] {
+            let weights = probabilities.map(|p| p.powf(1.0 / temperature));
+            let total: f32 = weights.iter().sum();
+            for (c, w) in count(SampleParams { temperature, ..PLAIN }).iter().zip(weights) {
+                let p = w / total;
+                let sd = (4000.0 * p * (1.0 - p)).sqrt();
+                assert!((*c as f32 - 4000.0 * p).abs() < 5.0 * sd, "temperature {temperature}");
+            }
         }
         let kept = |params| count(params).map(|c| c > 0);
         assert_eq!(kept(SampleParams { top_k: Some(2), ..PLAIN }), [false, true, false, true, false, false]);

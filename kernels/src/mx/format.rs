@@ -29,6 +29,16 @@ pub struct ElementSpec {
     pub specials: Specials,
 }
 
+impl ElementSpec {
+    /// The power of two that makes an integer of every value, if all of them then fit a signed byte: E2M1 x 2,
+    /// E2M3 x 8, E3M0 x 4, INT8 x 64, INT4 x 4.
+    pub fn int8_factor(&self) -> Option<f32> {
+        let exponent = self.mantissa_bits as i32 + if self.is_integer() { 0 } else { self.bias - 1 };
+        let factor = 2.0_f32.powi(exponent);
+        (self.max * factor <= 127.0).then_some(factor)
+    }
+}
+
 /// Codes of an element type that stand for no finite number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Specials {
@@ -96,13 +106,14 @@ impl ElementType {
         }
     }
 
-    /// Default rule for the shared scale: the one with the best perplexity of those everyone can read back.
+    /// Default rule for the shared scale: the best measured, by perplexity for the OCP formats and by SQNR for the
+    /// experimental ones.
     pub const fn default_scale_rounding(self) -> ScaleRounding {
         match self {
             Self::Int8 => ScaleRounding::Floor,
             Self::E4m3 | Self::E5m2 => ScaleRounding::Rceil,
-            Self::E2m3 | Self::E3m2 | Self::E2m1 => ScaleRounding::Even,
-            Self::Int4 | Self::E3m0 => ScaleRounding::Ceil,
+            Self::E2m3 | Self::E3m2 | Self::E2m1 | Self::E3m0 => ScaleRounding::Even,
+            Self::Int4 => ScaleRounding::Floor,
         }
     }
 }
@@ -181,18 +192,24 @@ const FORMAT_NAMES: &str = "mxint8, mxfp8 (= mxfp8_e4m3), mxfp8_e5m2, mxfp6 (= m
 impl FromStr for MxFormat {
     type Err = UnknownName;
 
+    /// A format's name, with `_k16` or `_k64` behind it for blocks that are not of 32.
     fn from_str(name: &str) -> Result<Self, UnknownName> {
-        let full = match name {
+        let (base, block) = match name.rsplit_once("_k") {
+            Some((base, size)) => (base, size.parse().ok().and_then(Block::along_k)),
+            None => (name, Some(Block::OCP)),
+        };
+        let full = match base {
             "mxfp8" => "mxfp8_e4m3",
             "mxfp6" => "mxfp6_e2m3",
             "mxfp4_e2m1" => "mxfp4",
             other => other,
         };
-        ElementType::ALL
-            .into_iter()
-            .find(|e| e.spec().name == full)
-            .map(Self::new)
-            .ok_or_else(|| UnknownName { what: "format", name: name.to_owned(), known: FORMAT_NAMES })
+        let element = ElementType::ALL.into_iter().find(|e| e.spec().name == full);
+        element.zip(block).map(|(element, block)| Self { element, block }).ok_or_else(|| UnknownName {
+            what: "format",
+            name: name.to_owned(),
+            known: FORMAT_NAMES,
+        })
     }
 }
 

@@ -18,7 +18,6 @@ pub use format::{Block, Cast, ElementSpec, ElementType, MxFormat, Scheme, Specia
 pub use pack::{pack, unpack};
 pub use quantize::{
     ElementRounding, Energy, NonFinite, Values, quantize_block, quantize_dequantize, quantize_rows,
-    shared_scale,
 };
 pub use scale::{E8m0, ScaleRounding};
 pub use tensor::{MxTensor, MxTensorError};

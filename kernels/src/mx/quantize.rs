@@ -5,7 +5,7 @@ use std::ops::{Add, AddAssign};
 
 use super::block::{QuantizeBlock, QuantizeDequantize, QuantizeRows};
 use super::isa::Isa;
-use super::{Block, Cast, E8m0};
+use super::{Cast, E8m0};
 
 /// How an element is rounded to its grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,13 +159,4 @@ pub fn quantize_block(cast: Cast, x: &[f32], codes: &mut [u8]) -> E8m0 {
     assert_eq!(x.len(), block, "one block of {}", cast.format);
     assert_eq!(codes.len(), block, "one code per value");
     Isa::detect().run(cast, QuantizeBlock { x, codes })
-}
-
-/// The scale that [`quantize_block`] would choose, without quantizing: for methods that fix scales first.
-///
-/// # Panics
-/// `x` is not one block long.
-pub fn shared_scale(cast: Cast, x: &[f32]) -> E8m0 {
-    let mut codes = [0; Block::MAX];
-    quantize_block(cast, x, &mut codes[..cast.format.block.size()])
 }

@@ -87,7 +87,7 @@ impl LinearTensor {
             }
             Self::Mx(tensor) => WeightSource::Mx {
                 tensor: tensor.tensor(),
-                weight: tensor.scheme.weight,
+                scale_rounding: tensor.scheme.weight.scale_rounding,
                 activation: tensor.scheme.activation,
             },
         }

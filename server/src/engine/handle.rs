@@ -250,7 +250,7 @@ fn build(
     commands: Receiver<Command>,
 ) -> Result<(Engine, EngineInfo), EngineError> {
     let dtype = options.kv_cache_dtype.dtype();
-    let sizes = options.sizes(ModelNeeds::of(model.as_ref(), dtype))?;
+    let sizes = options.sizes(ModelNeeds::of(backend.as_ref(), model.as_ref(), dtype))?;
     let info = EngineInfo::new(backend.as_ref(), model.as_ref(), sizes, dtype);
     status.stats.kv_blocks_total.store(sizes.kv_blocks, Ordering::Relaxed);
     let engine = Engine {

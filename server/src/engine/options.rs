@@ -225,9 +225,10 @@ impl EngineInfo {
 }
 
 impl ModelNeeds {
-    pub(super) fn of(model: &dyn Model, dtype: Dtype) -> Self {
+    pub(super) fn of(backend: &dyn Backend, model: &dyn Model, dtype: Dtype) -> Self {
         let config = model.config();
-        Self { max_model_len: config.max_model_len, block_bytes: KvCache::bytes_per_block(config, dtype) }
+        let block_bytes = KvCache::bytes_per_block(backend, config, dtype);
+        Self { max_model_len: config.max_model_len, block_bytes }
     }
 }
 
