@@ -89,7 +89,15 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
         let scheme = group_scheme(&group, config.format.as_deref()).map_err(|r| r.within(&field))?;
         for target in &group.targets {
             match target.as_str() {
-                "Linear" => default = Some(scheme),
+                "Linear" => match default.replace(scheme) {
+                    Some(other) if other != scheme => {
+                        return Err(Refusal::new(
+                            field,
+                            format!("targets Linear in {scheme}, as another group does in {other}"),
+                        ));
+                    }
+                    _ => {}
+                },
                 _ if target.starts_with("re:") => {
                     regexes.extend(rules(&field, [target], Some(scheme))?);
                 }

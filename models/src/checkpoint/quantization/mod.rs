@@ -58,13 +58,9 @@ impl Quantization {
     /// # Errors
     /// Something other than MX is declared, or the declaration is malformed.
     pub fn read(dir: &Path, config: &Value) -> Result<Self, CheckpointError> {
-        for (field, holder) in
-            [("quantization_config", config), ("text_config.quantization_config", &config["text_config"])]
-        {
-            if let Some(declared) = holder.get("quantization_config").filter(|v| !v.is_null()) {
-                return Self::from_json(declared)
-                    .map_err(|refusal| refuse(dir.join("config.json"), refusal.within(field)));
-            }
+        if let Some(declared) = config.get("quantization_config").filter(|v| !v.is_null()) {
+            return Self::from_json(declared)
+                .map_err(|refusal| refuse(dir.join("config.json"), refusal.within("quantization_config")));
         }
         if let Some(declared) = config.get("compression_config").filter(|v| !v.is_null()) {
             return compressed_tensors::read(declared)

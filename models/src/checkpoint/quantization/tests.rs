@@ -179,6 +179,15 @@ fn compressed_tensors_refuses_what_is_not_mx() {
     let mut embedding = ct_group("mxfp8-quantized", 8);
     embedding["targets"] = json!(["Embedding"]);
     assert!(refusal(&ct(&json!({"a": embedding}))).contains("Embedding"));
+    let two = json!({"a": ct_group("mxfp8-quantized", 8), "b": ct_group("mxfp4-pack-quantized", 4)});
+    assert!(refusal(&ct(&two)).contains("as another group does"), "{}", refusal(&ct(&two)));
+}
+
+#[test]
+fn compression_config_is_the_same_under_its_older_name() {
+    let config = json!({"compression_config": ct(&json!({"a": ct_group("mxfp4-pack-quantized", 4)}))});
+    let read = Quantization::read(Path::new("."), &config).unwrap();
+    assert_eq!(formats(read.scheme(DOWN)), formats(Some(scheme("mxfp4"))));
 }
 
 #[test]
