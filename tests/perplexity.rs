@@ -1,4 +1,4 @@
-//! Perplexity as a client measures it, of every format and pair, against the reference.
+//! Perplexity as a client measures it, of every scheme that the reference has, against the reference.
 
 use converter::plan::Recipe;
 use kernels::mx::{ScaleRounding, Scheme};

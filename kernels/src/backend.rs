@@ -172,6 +172,15 @@ pub struct TokenLogprobs {
     pub top: Vec<(u32, f32)>,
 }
 
+/// How a device multiplies by weights of one scheme; the labels of `mx_linear_info`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearKernel {
+    /// The kernel's name: `cpu_avx512_mxfp4_f32`.
+    pub name: String,
+    /// The scheme it computes: the declared one, unless the device says otherwise here.
+    pub executed: Option<Scheme>,
+}
+
 /// A device. Made once, on the thread that uses it.
 ///
 /// Operators write into `out`; they never synchronize, and allocate nothing once their scratch has grown to the largest
@@ -182,8 +191,8 @@ pub trait Backend {
     /// What runs, for people: `cpu, avx512, 2 threads`.
     fn description(&self) -> String;
 
-    /// Name of the kernel that executes `scheme` (`None`: dense), for `mx_linear_info`.
-    fn linear_kernel(&self, scheme: Option<Scheme>) -> String;
+    /// What executes weights of `scheme` (`None`: dense) here.
+    fn linear_kernel(&self, scheme: Option<Scheme>) -> LinearKernel;
 
     /// Bytes held, by component.
     fn memory(&self) -> &Arc<MemoryAccount>;

@@ -11,8 +11,8 @@ pub mod reference;
 mod weight;
 
 pub use backend::{
-    AttentionInputs, Backend, DenseDtype, Device, HeadNorm, Heads, KV_BLOCK_TOKENS, PagedKv, SampleParams,
-    TokenLogprobs, WeightSource, open,
+    AttentionInputs, Backend, DenseDtype, Device, HeadNorm, Heads, KV_BLOCK_TOKENS, LinearKernel, PagedKv,
+    SampleParams, TokenLogprobs, WeightSource, open,
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use kernels::mx::Scheme;
 use kernels::{Component, KV_BLOCK_TOKENS};
 
 use crate::engine::{EngineInfo, LinearKernel};
@@ -49,15 +50,15 @@ fn describe(out: &mut String, name: &str, info: &EngineInfo) -> std::fmt::Result
 }
 
 fn row(LinearKernel { linear, kernel }: &LinearKernel) -> [String; 7] {
-    let scheme = linear.scheme.map_or_else(|| "unquantized".to_owned(), |scheme| scheme.to_string());
+    let name =
+        |scheme: Option<Scheme>| scheme.map_or_else(|| "unquantized".to_owned(), |scheme| scheme.to_string());
     let bits = linear.bytes as f64 * 8.0 / linear.parameters.max(1) as f64;
     [
         linear.layers.to_string(),
         linear.group.clone(),
-        scheme.clone(),
-        // The kernel runs what is declared, or loading fails.
-        scheme,
-        kernel.clone(),
+        name(linear.scheme),
+        name(kernel.executed),
+        kernel.name.clone(),
         bytes(linear.bytes),
         format!("{bits:.2}"),
     ]
@@ -93,6 +94,8 @@ mod tests {
 
     use super::*;
 
+    const W4A8: &str = "w4a8";
+
     #[test]
     fn sizes() {
         assert_eq!(
@@ -112,7 +115,11 @@ mod tests {
                 parameters: 1 << 20,
                 bytes: 557_056,
             },
-            kernel: "cpu".to_owned(),
+            // A device that computes another scheme than the declared one shows it.
+            kernel: kernels::LinearKernel {
+                name: "cpu".to_owned(),
+                executed: scheme.map(|_| W4A8.parse().unwrap()),
+            },
         };
         let info = EngineInfo {
             vocab_size: 10,
@@ -130,6 +137,7 @@ mod tests {
         let lines: Vec<&str> = out.lines().collect();
         assert_eq!(lines.len(), 7);
         assert!(lines[2].contains("mxfp4:mxfp6_e2m3") && lines[2].ends_with("4.25"), "{}", lines[2]);
+        assert!(lines[2].contains("mxfp4:mxfp8_e4m3"), "{}", lines[2]);
         assert!(lines[3].contains("lm_head") && lines[3].contains("unquantized"), "{}", lines[3]);
         assert!(lines[6].contains("1600 tokens") && lines[6].contains("2048"), "{}", lines[6]);
     }

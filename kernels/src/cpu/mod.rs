@@ -25,7 +25,8 @@ use self::pool::{DisjointSlices, Pool};
 use self::sampling::Sampler;
 use self::simd::Isa;
 use crate::backend::{
-    AttentionInputs, Backend, HeadNorm, Heads, PagedKv, SampleParams, TokenLogprobs, WeightSource,
+    AttentionInputs, Backend, HeadNorm, Heads, LinearKernel, PagedKv, SampleParams, TokenLogprobs,
+    WeightSource,
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
@@ -135,14 +136,15 @@ impl Backend for CpuBackend {
         format!("cpu, {}, {threads} thread{}", self.isa.name(), if threads == 1 { "" } else { "s" })
     }
 
-    fn linear_kernel(&self, scheme: Option<Scheme>) -> String {
+    fn linear_kernel(&self, scheme: Option<Scheme>) -> LinearKernel {
         let codec = scheme.map_or("dense", |s| s.weight.format.element.spec().name);
         let isa = self.isa.name();
         #[cfg(target_arch = "x86_64")]
         if self.isa == Isa::Avx512 && scheme.and_then(integer::IntegerCodec::for_scheme).is_some() {
-            return format!("cpu_{isa}vnni_{codec}_int8");
+            return LinearKernel { name: format!("cpu_{isa}vnni_{codec}_int8"), executed: scheme };
         }
-        format!("cpu_{isa}_{codec}_f32")
+        // `linear` quantizes the input as the scheme declares, whatever the kernel.
+        LinearKernel { name: format!("cpu_{isa}_{codec}_f32"), executed: scheme }
     }
 
     fn memory(&self) -> &Arc<MemoryAccount> {

@@ -202,8 +202,8 @@ pub struct EngineInfo {
 pub struct LinearKernel {
     /// The layers, and the scheme that the checkpoint declares.
     pub linear: LinearInfo,
-    /// The device's kernel for it.
-    pub kernel: String,
+    /// What the device runs for it.
+    pub kernel: kernels::LinearKernel,
 }
 
 impl EngineInfo {

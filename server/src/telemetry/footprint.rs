@@ -1,5 +1,6 @@
 //! The memory footprint: bytes by component and format, and which scheme each layer declares and runs.
 
+use kernels::mx::Scheme;
 use kernels::{Component, Dtype};
 use prometheus::GaugeVec;
 
@@ -59,14 +60,15 @@ impl FootprintMetrics {
         let footprint = Footprint::of(info);
         self.weight_bytes.reset();
         for LinearKernel { linear, kernel } in &info.linears {
-            let scheme = linear.scheme.map_or_else(|| UNQUANTIZED.to_owned(), |scheme| scheme.to_string());
-            // The kernel runs what is declared, or the device refuses the weight when it is loaded.
+            let name = |scheme: Option<Scheme>| {
+                scheme.map_or_else(|| UNQUANTIZED.to_owned(), |scheme| scheme.to_string())
+            };
             self.linear_info
                 .with_label_values(&[
                     linear.group.as_str(),
-                    scheme.as_str(),
-                    scheme.as_str(),
-                    kernel.as_str(),
+                    &name(linear.scheme),
+                    &name(kernel.executed),
+                    kernel.name.as_str(),
                 ])
                 .set(1.0);
             if let Some(scheme) = linear.scheme {
