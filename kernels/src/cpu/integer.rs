@@ -1,7 +1,7 @@
 //! Matrix products on int8 dot products (AVX-512 VNNI), for weights and activations whose elements are integers times
 //! a power of two: E2M1 x 2, E2M3 x 8, INT8 x 64, INT4 x 4.
 //!
-//! A block's sum of products is exact here, and it is exact in [`super::linear`] too: an integer below 2^24 times a
+//! A block's sum of products is exact here, and it is exact in [`mod@super::linear`] too: an integer below 2^24 times a
 //! power of two. So both follow the same definition bit for bit, and this is only faster: four products per 32-bit lane
 //! and instruction instead of one.
 //!
