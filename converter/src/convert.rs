@@ -44,7 +44,7 @@ pub struct Options {
     pub threads: NonZeroUsize,
     /// Replace an existing checkpoint.
     pub force: bool,
-    /// Plan and report, write nothing.
+    /// Plan, check and report, write nothing.
     pub dry_run: bool,
 }
 
@@ -81,7 +81,7 @@ pub fn default_output(model: &Path, format: &str) -> PathBuf {
 /// Converts a checkpoint.
 ///
 /// # Errors
-/// See [`ConvertError`]; the output's name is then as it was.
+/// See [`ConvertError`], also for what then has the output's name.
 pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let source = Source::open(&options.model)?;
@@ -93,6 +93,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, Con
     }
     let mut report = Report::new(options, &source, &plan, &output, layout);
     if options.dry_run {
+        let needed = output.total_bytes();
+        staging::check_only(&options.output, &options.model, options.force, needed)?;
         return Ok(report);
     }
 

@@ -8,7 +8,8 @@ use models::checkpoint::quantization::Dialect;
 
 use crate::plan::PlanError;
 
-/// A conversion that failed. Nothing was written to the output's name.
+/// A conversion that failed. The output's name is as it was, save after an [`Io`](Self::Io) error of the very last
+/// step, which makes the rename durable: then it holds the new checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The source cannot be read.
@@ -61,7 +62,7 @@ pub enum ConvertError {
         /// The output.
         path: PathBuf,
         /// Why.
-        reason: &'static str,
+        reason: String,
     },
     /// The disk has not enough room.
     #[error("{}: the disk is full: the output takes {needed} bytes{}", path.display(), free(*.available))]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kernels::mx::ElementRounding;
 use models::checkpoint::quantization::Dialect;
-use models::checkpoint::{ConversionRecord, RECORD_FILE, RecordedRounding, RecordedSource};
+use models::checkpoint::{ConversionRecord, INDEX_FILE, RECORD_FILE, RecordedRounding, RecordedSource};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -35,6 +35,25 @@ const COMPANIONS: [&str; 10] = [
     "chat_template.json",
     "generation_config.json",
 ];
+
+/// Other files that come with checkpoints, here or as they are published.
+const OTHERS: [&str; 10] = [
+    "config.json",
+    "README.md",
+    RECORD_FILE,
+    INDEX_FILE,
+    "hf_quant_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    ".gitattributes",
+    "LICENSE",
+    "LICENSE.txt",
+];
+
+/// Whether a file of this name is part of a checkpoint.
+pub(crate) fn is_checkpoint_file(name: &str) -> bool {
+    name.ends_with(".safetensors") || COMPANIONS.contains(&name) || OTHERS.contains(&name)
+}
 
 /// What the record says beside the plan.
 #[derive(Debug, Clone, Copy)]

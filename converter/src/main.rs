@@ -4,11 +4,13 @@
 
 mod cli;
 
+use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use converter::{ConsoleProgress, convert, inspect};
+use converter::{ConsoleProgress, Report, convert, inspect};
 
 use cli::{Cli, Invocation};
 
@@ -39,12 +41,51 @@ fn run(invocation: &Invocation) -> anyhow::Result<()> {
         }
         Invocation::Convert { options, report: report_file } => {
             let label = options.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            // Before the work: a report that cannot be written is a mistake on the command line.
+            let mut file =
+                report_file.as_deref().map(|path| ReportFile::open(path, &options.output)).transpose()?;
             let report = convert(options, &ConsoleProgress::new(label))?;
-            if let Some(path) = report_file {
-                let json = serde_json::to_vec_pretty(&report)?;
-                std::fs::write(path, json).with_context(|| format!("--report {}", path.display()))?;
-            }
-            print(&report.to_string())
+            print(&report.to_string())?;
+            file.as_mut().map_or(Ok(()), |file| file.write(&report))
+        }
+    }
+}
+
+/// `--report FILE`: opened without changing what it holds, overwritten when there is a report.
+struct ReportFile<'a> {
+    path: &'a Path,
+    file: File,
+    /// There was none: it goes again if there is no report.
+    created: bool,
+}
+
+impl<'a> ReportFile<'a> {
+    fn open(path: &'a Path, output: &Path) -> anyhow::Result<Self> {
+        if std::path::absolute(path)?.starts_with(std::path::absolute(output)?) {
+            anyhow::bail!("--report {}: lies in the output, which is not there yet", path.display());
+        }
+        let created = !path.exists();
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        let file = file.with_context(|| format!("--report {}", path.display()))?;
+        Ok(Self { path, file, created })
+    }
+
+    fn write(&mut self, report: &Report) -> anyhow::Result<()> {
+        self.created = false;
+        let json = serde_json::to_vec_pretty(report)?;
+        // Pipes and devices have no length.
+        let is_file = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
+        let emptied = if is_file { self.file.set_len(0) } else { Ok(()) };
+        let written = emptied.and_then(|()| self.file.write_all(&json));
+        written.with_context(|| format!("--report {}", self.path.display()))
+    }
+}
+
+impl Drop for ReportFile<'_> {
+    fn drop(&mut self) {
+        if self.created {
+            // The error that brought us here matters more.
+            let _ = std::fs::remove_file(self.path);
         }
     }
 }

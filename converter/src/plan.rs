@@ -1,6 +1,6 @@
 //! What happens to each tensor: a recipe applied to tensor names and shapes. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use kernels::mx::{Cast, ScaleRounding, Scheme};
 use models::checkpoint::quantization::is_embedding;
@@ -100,6 +100,29 @@ pub struct Plan {
 /// A recipe that does not fit the model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
+    /// A module to quantize has a weight that is no matrix.
+    #[error("tensor {tensor}: shape {shape:?} where [rows, cols] is expected")]
+    NotAMatrix {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// The head is to be made from the embedding, which is not there.
+    #[error(
+        "--layer lm_head: the model is tied and has no embedding (embed_tokens.weight) to make the head from"
+    )]
+    NoEmbedding,
+    /// Two tensors of the output would have one name.
+    #[error(
+        "tensor {tensor}: the source has a tensor of this name, which quantizing {module}.weight makes too"
+    )]
+    NameTaken {
+        /// The tensor.
+        tensor: String,
+        /// The module whose codes or scales take the name.
+        module: String,
+    },
     /// A pattern without effect is a typing mistake.
     #[error("{flag} '{pattern}' matches no linear module")]
     MatchesNothing {
@@ -145,7 +168,7 @@ pub struct SourceTraits {
 /// Applies `recipe` to the source's tensors.
 ///
 /// # Errors
-/// A pattern matches nothing, a row is no whole number of blocks, or a weight is not a float.
+/// A pattern matches nothing, a weight is no matrix of floats in whole blocks, or a name is taken: see [`PlanError`].
 pub fn plan(recipe: &Recipe, tensors: &[SourceTensor], source: SourceTraits) -> Result<Plan, PlanError> {
     let candidates = candidates(tensors, source.tied);
     let schemes = assign(recipe, &candidates)?;
@@ -176,6 +199,10 @@ pub fn plan(recipe: &Recipe, tensors: &[SourceTensor], source: SourceTraits) -> 
     if schemes.is_empty() {
         return Err(PlanError::Nothing);
     }
+    if head_of_its_own && !planned.iter().any(|tensor| tensor.module() == Some(LM_HEAD)) {
+        return Err(PlanError::NoEmbedding);
+    }
+    check_names(&planned)?;
     // Routers and the like are linear modules too: loaders must be told that they are not quantized.
     let matrices = tensors.iter().filter(|tensor| tensor.shape.len() == 2);
     let modules = matrices.filter_map(|tensor| tensor.name.strip_suffix(".weight")).chain([LM_HEAD]);
@@ -191,7 +218,6 @@ pub fn plan(recipe: &Recipe, tensors: &[SourceTensor], source: SourceTraits) -> 
 fn candidates(tensors: &[SourceTensor], tied: bool) -> Vec<String> {
     let mut modules: Vec<String> = tensors
         .iter()
-        .filter(|tensor| tensor.shape.len() == 2)
         .filter_map(|tensor| tensor.name.strip_suffix(".weight"))
         .filter(|module| is_layer_linear(module) || is_embedding(module) || *module == LM_HEAD)
         .map(str::to_owned)
@@ -233,13 +259,30 @@ fn check(tensor: &SourceTensor, scheme: Scheme) -> Result<Scheme, PlanError> {
     if dense_dtype(tensor.dtype).is_none() {
         return Err(PlanError::Dtype { tensor: tensor.name.clone(), dtype: tensor.dtype.to_string() });
     }
-    let cols = tensor.shape[1];
+    let &[_, cols] = tensor.shape.as_slice() else {
+        return Err(PlanError::NotAMatrix { tensor: tensor.name.clone(), shape: tensor.shape.clone() });
+    };
     let casts = [Some(scheme.weight), scheme.activation];
     let block = casts.iter().flatten().map(|cast| cast.format.block.size()).max().unwrap_or(1);
     if !cols.is_multiple_of(block) {
         return Err(PlanError::PartialBlock { tensor: tensor.name.clone(), cols, block });
     }
     Ok(scheme)
+}
+
+/// The names of codes and scales, in whatever layout, are free.
+fn check_names(planned: &[PlannedTensor]) -> Result<(), PlanError> {
+    let names: HashSet<&str> = planned.iter().map(|tensor| tensor.name.as_str()).collect();
+    let quantized = planned.iter().filter(|tensor| matches!(tensor.action, Action::Quantize(_)));
+    for module in quantized.filter_map(PlannedTensor::module) {
+        for suffix in ["weight_scale", "weight_packed"] {
+            let tensor = format!("{module}.{suffix}");
+            if names.contains(tensor.as_str()) {
+                return Err(PlanError::NameTaken { tensor, module: module.to_owned() });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Loaders that fuse q, k, v and gate, up (vLLM) want one scheme in each group.

@@ -173,3 +173,29 @@ fn mixed_fused_groups_are_warned_about() {
     check(&[("*.k_proj", "mxfp8"), ("*up_proj", "mxfp6")], &[], 2);
     check(&[], &["*gate_proj"], 1);
 }
+
+#[test]
+fn bad_shapes_and_names_are_refused() {
+    let check = |recipe: &Recipe, change: &dyn Fn(&mut Vec<SourceTensor>), expected: &[&str]| {
+        let mut tensors = model();
+        change(&mut tensors);
+        let message = plan(recipe, &tensors, TIED).unwrap_err().to_string();
+        for part in expected {
+            assert!(message.contains(part), "{message}");
+        }
+    };
+    let head = recipe("mxfp4", &[("lm_head", "mxfp8")], &[]);
+    check(&head, &|t| t[0].shape = vec![64], &["model.embed_tokens.weight", "[64]"]);
+    check(&head, &|t| t[0].shape = vec![2, 64, 64], &["model.embed_tokens.weight", "[2, 64, 64]"]);
+    check(&head, &|t| drop(t.remove(0)), &["lm_head", "embed_tokens"]);
+    let all = recipe("mxfp4", &[], &[]);
+    check(&all, &|t| t[1].shape = vec![64], &["layers.0.self_attn.q_proj.weight", "[64]"]);
+    for suffix in ["weight_scale", "weight_packed"] {
+        let name = format!("model.layers.1.mlp.up_proj.{suffix}");
+        check(&all, &|t| t.push(tensor(&name, &[96, 2])), &[&name, "name"]);
+    }
+    let mut flat = model();
+    flat[1].shape = vec![64];
+    let excluded = plan(&recipe("mxfp4", &[], &["model.layers.0.self_attn.q_proj"]), &flat, TIED).unwrap();
+    assert_eq!(excluded.tensors[1].action, Action::Copy);
+}
