@@ -19,6 +19,10 @@ for path in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", readme) + re.findall
     if not (root / path).exists():
         errors.append(f"README.md names {path}, which does not exist")
 
+for word in re.findall(r"\b[A-Z]+_[A-Z_]+\b", readme):
+    if not word.startswith("MXSERVE_"):
+        errors.append(f"README.md still has the placeholder {word}")
+
 for error in errors:
     print(f"error: {error}", file=sys.stderr)
 sys.exit(bool(errors))
