@@ -101,7 +101,7 @@ impl ServerConfig {
             port: said.port.unwrap_or(d.port),
             served_model_name: names("served_model_name", said.served_model_name)?,
             api_key: names("api_key", said.api_key)?,
-            allowed_origins: names("allowed_origins", said.allowed_origins)?,
+            allowed_origins: origins(said.allowed_origins)?,
             max_body_bytes: at_least_one("max_body_bytes", said.max_body_bytes)?.unwrap_or(d.max_body_bytes),
             shutdown_timeout: said.shutdown_timeout.map_or(d.shutdown_timeout, Duration::from_secs),
             max_model_len: match said.max_model_len {
@@ -113,7 +113,7 @@ impl ServerConfig {
             chat_template: said.chat_template,
             generation_config: said.generation_config.unwrap_or(d.generation_config),
             device: said.device.unwrap_or(d.device),
-            threads: at_least_one("threads", said.threads)?.unwrap_or(d.threads),
+            threads: threads(said.threads)?.unwrap_or(d.threads),
             max_num_seqs: at_least_one("max_num_seqs", said.max_num_seqs)?.unwrap_or(d.max_num_seqs),
             max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?
                 .unwrap_or(d.max_num_batched_tokens),
@@ -191,10 +191,68 @@ fn at_least_one(key: &'static str, value: Option<usize>) -> Result<Option<usize>
     }
 }
 
+/// The most threads of the CPU backend: more than any machine has cores.
+const MAX_THREADS: usize = 1024;
+
+fn threads(value: Option<usize>) -> Result<Option<usize>, ConfigError> {
+    if value.is_some_and(|n| n > MAX_THREADS) {
+        return Err(invalid("threads", format!("must be at most {MAX_THREADS}")));
+    }
+    at_least_one("threads", value)
+}
+
+/// Origins as browsers send them: anything else would never match.
+fn origins(value: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let value = names("allowed_origins", value)?;
+    match value.iter().find(|origin| *origin != "*" && !is_origin(origin)) {
+        Some(origin) => {
+            let message = format!("'{origin}' must be * or an origin: https://example.com, without a path");
+            Err(invalid("allowed_origins", message))
+        }
+        None => Ok(value),
+    }
+}
+
+/// `scheme://host`, with a port or without.
+fn is_origin(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(scheme, host)| {
+        !scheme.is_empty()
+            && !host.is_empty()
+            && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
+            && host.bytes().all(|b| b.is_ascii_graphic() && !b"/?#@*,".contains(&b))
+    })
+}
+
 fn names(key: &'static str, value: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
     let value = value.unwrap_or_default();
     if value.iter().any(String::is_empty) {
         return Err(invalid(key, "must not be empty"));
     }
     Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_are_checked() {
+        for (origin, fine) in [
+            ("*", true),
+            ("https://a.example", true),
+            ("http://localhost:3000", true),
+            ("a.example", false),
+            ("https://a.example/", false),
+            ("https://*.example", false),
+            ("https://é.example", false),
+        ] {
+            assert_eq!(origins(Some(vec![origin.to_owned()])).is_ok(), fine, "{origin}");
+        }
+    }
+
+    #[test]
+    fn threads_are_bounded() {
+        assert_eq!(threads(Some(1024)).unwrap(), Some(1024));
+        assert!(threads(Some(1025)).is_err() && threads(Some(0)).is_err());
+    }
 }

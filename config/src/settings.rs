@@ -1,9 +1,10 @@
 //! What was said: the same knobs in the file, the environment and the flags.
 
-use std::net::IpAddr;
+use std::net::{AddrParseError, IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ConfigError;
 use crate::values::{DeviceChoice, GenerationConfig, KvCacheDtype, LogFormat, LogLevel};
@@ -17,12 +18,13 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
 
-    /// Address to listen on [default: 0.0.0.0]
-    #[arg(long, env = "MXSERVE_HOST", help_heading = "HTTP")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Address to listen on, or localhost [default: 0.0.0.0]
+    #[arg(long, env = "MXSERVE_HOST", value_parser = address, help_heading = "HTTP")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_address")]
     pub host: Option<IpAddr>,
 
-    /// Port to listen on; 0 takes a free one [default: 8000]
+    /// Port to listen on; 0 takes a free one [default: 8000]. A value tcp://… of the environment variable is
+    /// Kubernetes' (it sets MXSERVE_PORT for a service named mxserve) and ignored
     #[arg(long, env = "MXSERVE_PORT", help_heading = "HTTP")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -161,6 +163,34 @@ impl std::fmt::Debug for Settings {
     }
 }
 
+/// An address, or the name that every machine has for itself.
+fn address(text: &str) -> Result<IpAddr, AddrParseError> {
+    if text.eq_ignore_ascii_case("localhost") { Ok(Ipv4Addr::LOCALHOST.into()) } else { text.parse() }
+}
+
+fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<IpAddr>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| address(&text).map_err(D::Error::custom)).transpose()
+}
+
+/// A parser's error on one line: where, which key, what. A text of the file is not shown: it may be a secret.
+fn describe(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().trim().replace('\n', ", ");
+    let shown = match (message.find("string \""), message.rfind("\", expected")) {
+        (Some(from), Some(to)) if from < to => format!("{}a string{}", &message[..from], &message[to + 1..]),
+        _ => message,
+    };
+    let Some(span) = error.span() else { return shown };
+    let before = text.get(..span.start).unwrap_or(text);
+    let line = before.matches('\n').count();
+    let key = text.lines().nth(line).and_then(|line| line.split_once('=')).map(|(key, _)| key.trim());
+    let is_bare = |key: &&str| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') && !key.is_empty();
+    match key.filter(is_bare).filter(|key| !shown.contains(*key)) {
+        Some(key) => format!("line {}: {key}: {shown}", line + 1),
+        None => format!("line {}: {shown}", line + 1),
+    }
+}
+
 impl Settings {
     /// Reads a TOML file.
     ///
@@ -170,7 +200,7 @@ impl Settings {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         toml::from_str(&text)
-            .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string() })
+            .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: describe(&text, &e) })
     }
 
     /// `self` where it is set, else `lower`.
@@ -204,5 +234,38 @@ impl Settings {
             log_format,
             disable_log_requests,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_a_file_are_one_line_without_its_texts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("server.toml");
+        let cases = [
+            ("port = 1\napi_key = \"hush\"\n", "line 2: api_key: "),
+            ("api_key = [\"hush\", 5]\n", "line 1: api_key: "),
+            ("port = \"hush\"\n", "line 1: port: "),
+            ("hosts = \"hush\"\n", "line 1: unknown field `hosts`"),
+            ("api_key = [\"hush\"\n", "line "),
+            ("host = \"hush\"\n", "line 1: host: "),
+        ];
+        for (text, start) in cases {
+            std::fs::write(&path, text).unwrap();
+            let error = Settings::from_file(&path).unwrap_err().to_string();
+            let error = error.strip_prefix(&format!("{}: ", path.display())).unwrap();
+            assert!(error.starts_with(start), "{error}");
+            assert!(!error.contains('\n') && !error.contains("hush"), "{error}");
+        }
+    }
+
+    #[test]
+    fn localhost_is_an_address() {
+        let settings: Settings = toml::from_str("host = \"localhost\"").unwrap();
+        assert_eq!(settings.host, Some(Ipv4Addr::LOCALHOST.into()));
+        assert!(address("nowhere").is_err());
     }
 }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use config::{ConfigError, ServerConfig, Settings};
 
 /// Serves a model in an MX format (or plain BF16) over an OpenAI-style HTTP API.
@@ -40,6 +41,24 @@ pub enum Command {
     CheckConfig(Serve),
 }
 
+/// Kubernetes sets MXSERVE_PORT to such a value in every pod beside a service named `mxserve`.
+const SERVICE_LINK: &[u8] = b"tcp://";
+
+impl Cli {
+    /// The command line and the environment of this process; ends the process when they are wrong, or ask for help.
+    pub fn from_process() -> Self {
+        let link = std::env::var_os("MXSERVE_PORT")
+            .is_some_and(|value| value.as_encoded_bytes().starts_with(SERVICE_LINK));
+        let command = if link { without_port_variable(Self::command()) } else { Self::command() };
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
+}
+
+fn without_port_variable(command: clap::Command) -> clap::Command {
+    let forget = |command: clap::Command| command.mut_arg("port", |port| port.env(Resettable::Reset));
+    forget(command).mut_subcommands(forget)
+}
+
 impl Serve {
     /// Merges the file, the environment and the flags.
     ///
@@ -61,8 +80,6 @@ impl Serve {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -101,12 +101,15 @@ pub fn defaults() -> Settings {
 pub fn prepare() -> Result<Demo, DemoError> {
     let cache = cache_folder();
     fs::create_dir_all(&cache).map_err(io(&cache))?;
+    if let Some(demo) = cached(&cache) {
+        if demo.model == DemoModel::RustDoc {
+            say("SmolLM2-135M-Instruct could not be fetched the last time: serving the small model again");
+            say(&format!("to try again, remove {}", demo.folder.display()));
+        }
+        return Ok(demo);
+    }
     for model in [DemoModel::SmolLm2, DemoModel::RustDoc] {
         let folder = cache.join(model.name());
-        // A conversion appears in one step: a folder that is there is whole.
-        if folder.join("config.json").is_file() {
-            return Ok(Demo { model, folder });
-        }
         let got = match model {
             DemoModel::SmolLm2 => get_smollm2(&folder),
             DemoModel::RustDoc => get_rustdoc(&folder),
@@ -123,6 +126,14 @@ pub fn prepare() -> Result<Demo, DemoError> {
         }
     }
     Err(DemoError::NoGguf)
+}
+
+/// The best model that is in the cache. A conversion appears in one step: a folder that is there is whole.
+fn cached(cache: &Path) -> Option<Demo> {
+    [DemoModel::SmolLm2, DemoModel::RustDoc].into_iter().find_map(|model| {
+        let folder = cache.join(model.name());
+        folder.join("config.json").is_file().then_some(Demo { model, folder })
+    })
 }
 
 impl Demo {
@@ -263,6 +274,18 @@ mod tests {
         assert_eq!(scheme.to_string(), "mxfp6_e2m3");
         let left: Vec<_> = fs::read_dir(cache.path()).unwrap().collect();
         assert_eq!(left.len(), 1, "nothing but the checkpoint is left");
+    }
+
+    #[test]
+    fn the_cached_fallback_is_served_until_the_model_is_there() {
+        let cache = tempfile::tempdir().unwrap();
+        assert!(cached(cache.path()).is_none());
+        for model in [DemoModel::RustDoc, DemoModel::SmolLm2] {
+            let folder = cache.path().join(model.name());
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("config.json"), "{}").unwrap();
+            assert_eq!(cached(cache.path()).unwrap().model, model);
+        }
     }
 
     #[test]

@@ -7,7 +7,6 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
 use config::{LogFormat, ServerConfig};
 use server::cli::{Cli, Command};
 use server::demo;
@@ -15,14 +14,29 @@ use server::serve::{announce, serve, stop_signal};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    match run(Cli::from_process()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing can be done when even standard error is closed.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let _ = writeln!(std::io::stderr(), "error: {}", describe(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its sources, on one line. Some errors quote their source in their own words, others only have it:
+/// each thing is said once.
+fn describe(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -34,6 +48,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Some(Command::Demo(arguments)) => {
             let config = arguments.resolve_over(demo::defaults())?;
+            if let Some(model) = &config.model {
+                let model = model.display();
+                anyhow::bail!("demo brings its own model; to serve {model}: mxserve {model}");
+            }
             init_log(&config)?;
             let demo = demo::prepare()?;
             let needs_key = !config.api_key.is_empty();
@@ -43,7 +61,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let config = arguments.resolve()?;
             let text =
                 toml::to_string(&config.to_settings()).context("the settings cannot be written as TOML")?;
-            std::io::stdout().write_all(text.as_bytes()).context("standard output")
+            std::io::stdout().write_all(text.as_bytes()).context("standard output")?;
+            if !config.api_key.is_empty() {
+                // As for errors.
+                let _ =
+                    writeln!(std::io::stderr(), "note: {} API keys are not printed", config.api_key.len());
+            }
+            Ok(())
         }
     }
 }
@@ -82,4 +106,17 @@ fn init_log(config: &ServerConfig) -> anyhow::Result<()> {
         LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
     started.map_err(|e| anyhow::anyhow!("the log cannot be started: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_thing_is_said_once() {
+        let embedding = anyhow::anyhow!("reason").context("file: reason");
+        assert_eq!(describe(&embedding), "file: reason");
+        let chaining = anyhow::anyhow!("reason").context("file");
+        assert_eq!(describe(&chaining), "file: reason");
+    }
 }

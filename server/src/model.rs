@@ -78,6 +78,8 @@ pub fn served_names(config: &ServerConfig, folder: &Path) -> Vec<String> {
         return config.served_model_name.clone();
     }
     let path = folder.display().to_string();
+    // `.` and `..` have no name of their own.
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
     let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
     let mut names: Vec<String> = name.into_iter().chain([path]).collect();
     names.dedup();

@@ -172,7 +172,8 @@ impl Engine {
             }
             if let Some(id) = update.token {
                 client.clock.token(now, self.observer.as_mut());
-                let _ = client.events.send(TokenEvent::Token { id, logprobs });
+                let last = update.finished.map(|(reason, _)| reason);
+                let _ = client.events.send(TokenEvent::Token { id, logprobs, last });
             }
             ended.extend(update.finished.map(|(reason, usage)| (update.id, reason, usage)));
         }

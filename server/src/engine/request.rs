@@ -89,6 +89,8 @@ pub enum TokenEvent {
         id: u32,
         /// Its log-probability, if asked for.
         logprobs: Option<TokenLogprobs>,
+        /// Why the sequence ends with this token; `Finished` follows with the same reason.
+        last: Option<FinishReason>,
     },
     /// The end.
     Finished {

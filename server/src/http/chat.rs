@@ -30,9 +30,12 @@ const ROLE: &str = "assistant";
 struct ChatFields {
     model: Option<String>,
     messages: Vec<Map<String, Value>>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     max_tokens: Option<usize>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     max_completion_tokens: Option<usize>,
     logprobs: Option<bool>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     top_logprobs: Option<i64>,
     request_id: Option<String>,
 }
@@ -104,6 +107,7 @@ pub(super) async fn chat(
 ) -> Result<Response, ApiError> {
     let model = Arc::clone(app.model()?);
     let fields: ChatFields = body.read()?;
+    request_id.adopt(fields.request_id.as_deref());
     unsupported::check_chat(&body)?;
     let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
@@ -118,17 +122,18 @@ pub(super) async fn chat(
         "absent without logprobs: true",
     )?;
     let top_logprobs = check::logprobs("top_logprobs", fields.top_logprobs.unwrap_or(0))?;
+    require("max_completion_tokens", fields.max_completion_tokens != Some(0), "at least 1")?;
+    require("max_tokens", fields.max_tokens != Some(0), "at least 1")?;
     let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
-    require("max_tokens", max_tokens != Some(0), "at least 1")?;
 
     check_messages(&fields.messages)?;
     let (tokenizing, messages, truncate) = (Arc::clone(&model), fields.messages, plan.truncate_prompt);
     let mut prompt = super::off_the_reactor(move || prompt_fields.prompt(&tokenizing, &messages)).await?;
     prompt.drain(..truncate.map_or(0, |keep| prompt.len().saturating_sub(keep)));
 
-    let id = format!("chatcmpl-{}", request_id.or(fields.request_id));
-    model.require_capacity(plan.n)?;
-    let stop = plan.stop_for(prompt.len(), max_tokens, model.max_model_len())?;
+    let id = format!("chatcmpl-{request_id}");
+    model.require_capacity(1, plan.n)?;
+    let stop = plan.stop_for("messages", prompt.len(), max_tokens, model.max_model_len())?;
     let requests = (0..plan.n).map(|index| GenerateRequest {
         id: format!("{id}-{index}"),
         prompt: prompt.clone(),
@@ -193,7 +198,10 @@ impl Answer {
             Choice { index, message: Message { role: ROLE, content, refusal: None }, part }
         });
         let mut response = self.response("chat.completion", choices.collect(), Some(self.generation.usage()));
-        response.prompt_logprobs = scores.map(|scores| prompt_logprobs(&self.prompt, &scores, self.names()));
+        response.prompt_logprobs = scores.map(|scores| {
+            let k = self.plan.prompt_logprobs.unwrap_or(0);
+            prompt_logprobs(&self.prompt, &scores, k, self.names())
+        });
         response.prompt_token_ids = self.plan.return_token_ids.then(|| self.prompt.clone());
         Ok(response)
     }

@@ -31,8 +31,10 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 struct CompletionFields {
     model: Option<String>,
     prompt: serde_json::Value,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     max_tokens: Option<usize>,
     echo: Option<bool>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     logprobs: Option<i64>,
     add_special_tokens: Option<bool>,
     request_id: Option<String>,
@@ -73,12 +75,13 @@ pub(super) async fn complete(
 ) -> Result<Response, ApiError> {
     let model = Arc::clone(app.model()?);
     let fields: CompletionFields = body.read()?;
+    request_id.adopt(fields.request_id.as_deref());
     unsupported::check_completion(&body)?;
     let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
     let streaming = body.read::<StreamFields>()?.plan()?;
     let completion = Completion::prepare(&model, &fields, plan, streaming).await?;
-    let id = format!("cmpl-{}", request_id.or(fields.request_id));
+    let id = format!("cmpl-{request_id}");
     let requests = completion.requests(&id)?;
     let generation =
         Generation::start(&model, app.telemetry(), &completion.plan, requests, completion.prompt_tokens())?;
@@ -129,12 +132,13 @@ impl Completion {
     /// A request per sequence: `n` for the first prompt, then `n` for the second, …
     fn requests(&self, id: &str) -> Result<Vec<GenerateRequest>, ApiError> {
         let n = self.plan.n;
-        self.model.require_capacity(self.prompts.len().saturating_mul(n))?;
+        self.model.require_capacity(self.prompts.len(), n)?;
         let max_model_len = self.model.max_model_len();
         let prompt_logprobs = self.plan.prompt_logprobs.max(self.logprobs.filter(|_| self.echo));
         let mut requests = Vec::with_capacity(self.prompts.len() * n);
         for prompt in &self.prompts {
-            let stop = self.plan.stop_for(prompt.ids.len(), Some(self.max_tokens), max_model_len)?;
+            let stop =
+                self.plan.stop_for("prompt", prompt.ids.len(), Some(self.max_tokens), max_model_len)?;
             let first = requests.len();
             requests.extend((0..n).map(|index| GenerateRequest {
                 id: format!("{id}-{}", first + index),
@@ -171,15 +175,15 @@ impl Completion {
             choice.prompt_token_ids = Some(prompt.ids.clone());
         }
         let Some(scores) = scores else { return choice };
-        if self.plan.prompt_logprobs.is_some() {
-            choice.prompt_logprobs = Some(prompt_logprobs(&prompt.ids, scores, self.names()));
+        if let Some(k) = self.plan.prompt_logprobs {
+            choice.prompt_logprobs = Some(prompt_logprobs(&prompt.ids, scores, k, self.names()));
         }
-        if self.echo && self.logprobs.is_some() {
+        if let Some(k) = self.logprobs.filter(|_| self.echo) {
             let mut list = CompletionLogprobs::default();
             // Nothing precedes the first token.
             let scores = std::iter::once(None).chain(scores.iter().map(Some));
             for ((&id, &offset), score) in prompt.ids.iter().zip(&prompt.offsets).zip(scores) {
-                list.push(id, offset, score, self.names());
+                list.push(id, offset, score, k, self.names());
             }
             choice.logprobs = Some(list);
         }
@@ -194,7 +198,8 @@ impl Completion {
             if let Some(logprobs) = &token.logprobs {
                 let echoed = if self.echo { self.prompt(index).text.chars().count() } else { 0 };
                 let mut list = CompletionLogprobs::default();
-                list.push(token.id, echoed + token.text_offset, Some(logprobs), self.names());
+                let k = self.logprobs.unwrap_or(0);
+                list.push(token.id, echoed + token.text_offset, Some(logprobs), k, self.names());
                 choice.logprobs = Some(list);
             }
         }

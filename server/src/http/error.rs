@@ -48,7 +48,13 @@ pub enum ApiError {
     /// The server is stopping.
     #[error("the server is shutting down")]
     ShuttingDown,
-    /// The engine is gone, or a bug.
+    /// A probe of a server whose engine has died.
+    #[error("the engine has died")]
+    Unhealthy,
+    /// The engine's thread ended by a bug; the process ends soon.
+    #[error("the engine has died; the answer is lost")]
+    EngineDied,
+    /// A bug.
     #[error("{0}")]
     Internal(String),
 }
@@ -82,10 +88,12 @@ impl ApiError {
             Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "BadRequestError"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "BadRequestError"),
             Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
-            Self::Loading | Self::ShuttingDown => {
+            Self::Loading | Self::ShuttingDown | Self::Unhealthy => {
                 (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError")
             }
-            Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError"),
+            Self::EngineDied | Self::Internal(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError")
+            }
         }
     }
 

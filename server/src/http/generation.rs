@@ -10,7 +10,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::error::ApiError;
 use super::sampling::SamplingPlan;
 use super::usage::Usage;
-use crate::engine::{FinishReason, GenerateRequest, TokenEvent};
+use crate::engine::{FinishReason, GenerateRequest, SubmitError, TokenEvent};
 use crate::model::ServedModel;
 use crate::telemetry::{Outcome, Telemetry};
 use crate::tokenizer::{Detokenizer, StopMatcher};
@@ -82,13 +82,19 @@ impl Generation {
         requests: Vec<GenerateRequest>,
         prompt_tokens: usize,
     ) -> Result<Self, ApiError> {
-        let ends: Vec<_> =
-            requests.iter().map(|request| (request.prompt.clone(), request.stop.clone())).collect();
+        let begun: Vec<_> = requests
+            .iter()
+            .map(|request| (request.id.clone(), request.prompt.clone(), request.stop.min_tokens))
+            .collect();
         let channels = model.engine.submit_all(requests).map_err(|error| {
             telemetry.rejected(&error);
-            ApiError::from(error)
+            match error {
+                SubmitError::ShuttingDown if !model.engine.is_draining() => ApiError::EngineDied,
+                error => error.into(),
+            }
         })?;
-        let sequence = |((prompt, stop), events): ((Vec<u32>, _), _)| RunningSequence {
+        let sequence = |((id, prompt, min_tokens), events): ((String, Vec<u32>, usize), _)| RunningSequence {
+            id,
             detokenizer: model
                 .tokenizer
                 .as_ref()
@@ -98,12 +104,12 @@ impl Generation {
             events,
             matcher: StopMatcher::new(plan.stop_strings.clone(), plan.include_stop),
             include_stop: plan.include_stop,
-            stop,
+            min_tokens,
             generated: 0,
             characters: 0,
             ended: false,
         };
-        let streams = ends.into_iter().zip(channels).map(sequence).enumerate().map(|(index, sequence)| {
+        let streams = begun.into_iter().zip(channels).map(sequence).enumerate().map(|(index, sequence)| {
             stream::unfold(sequence, |mut sequence| async { Some((sequence.next().await?, sequence)) })
                 .map(move |output| (index, output))
                 .boxed()
@@ -132,6 +138,8 @@ impl Generation {
 }
 
 struct RunningSequence {
+    /// For logs: the request's id and the sequence's index.
+    id: String,
     model: Arc<ServedModel>,
     telemetry: Arc<Telemetry>,
     events: UnboundedReceiver<TokenEvent>,
@@ -139,7 +147,8 @@ struct RunningSequence {
     detokenizer: Option<Detokenizer>,
     matcher: StopMatcher,
     include_stop: bool,
-    stop: crate::engine::StopConditions,
+    /// Stop strings are looked for behind this many tokens.
+    min_tokens: usize,
     /// Tokens so far.
     generated: usize,
     /// Characters of detokenized text so far, held ones included.
@@ -153,12 +162,16 @@ impl RunningSequence {
             return None;
         }
         let output = match self.events.recv().await {
-            Some(TokenEvent::Prompt(logprobs)) => Ok(Output::Prompt(logprobs)),
-            Some(TokenEvent::Token { id, logprobs }) => self.token(id, logprobs).await.map(Output::Delta),
+            Some(TokenEvent::Prompt(logprobs)) => {
+                self.require_numbers(&logprobs).map(|()| Output::Prompt(logprobs))
+            }
+            Some(TokenEvent::Token { id, logprobs, last }) => {
+                self.token(id, logprobs, last).await.map(Output::Delta)
+            }
             Some(TokenEvent::Finished { reason, usage }) => {
                 self.finish(reason, usage.cached_tokens, Delta::default()).map(Output::Delta)
             }
-            None => Err(self.engine_died()),
+            None => Err(ApiError::EngineDied),
         };
         if output.is_err() {
             self.end(Outcome::Error);
@@ -166,13 +179,20 @@ impl RunningSequence {
         Some(output)
     }
 
-    async fn token(&mut self, id: u32, logprobs: Option<TokenLogprobs>) -> Result<Delta, ApiError> {
+    /// `last`: why the sequence ends with this token, if it does. The engine alone decides that.
+    async fn token(
+        &mut self,
+        id: u32,
+        logprobs: Option<TokenLogprobs>,
+        last: Option<FinishReason>,
+    ) -> Result<Delta, ApiError> {
+        self.require_numbers(logprobs.as_slice())?;
         self.generated += 1;
         let text_offset = self.characters;
-        let ends = self.stop.eos_token_ids.contains(&id) || self.stop.stop_token_ids.contains(&id);
+        let stops = matches!(last, Some(FinishReason::Eos | FinishReason::StopToken(_)));
         // The token that ends a text is not part of it.
         let piece = match (&mut self.detokenizer, &self.model.tokenizer) {
-            (Some(detokenizer), Some(tokenizer)) if !ends || self.include_stop => {
+            (Some(detokenizer), Some(tokenizer)) if !stops || self.include_stop => {
                 detokenizer.push(tokenizer, id)
             }
             _ => String::new(),
@@ -180,24 +200,28 @@ impl RunningSequence {
         self.characters += piece.chars().count();
         let mut delta =
             Delta { token: Some(GeneratedToken { id, text_offset, logprobs }), ..Delta::default() };
-        if self.generated <= self.stop.min_tokens {
+        if self.generated <= self.min_tokens {
             delta.text = self.matcher.pass(&piece);
         } else if let Some(finish) = self.push_text(&piece, &mut delta.text) {
             self.end(Outcome::Stop);
             delta.finish = Some(finish);
             return Ok(delta);
         }
-        if !ends && self.generated < self.stop.max_tokens {
+        if last.is_none() {
             return Ok(delta);
         }
         // The engine tells of the end together with the last token; so do we.
         match self.events.recv().await {
             Some(TokenEvent::Finished { reason, usage }) => self.finish(reason, usage.cached_tokens, delta),
             Some(other) => {
-                tracing::error!(?other, "the engine went on after a sequence's last token");
-                Err(self.engine_died())
+                tracing::error!(
+                    request = self.id,
+                    ?other,
+                    "the engine went on after a sequence's last token"
+                );
+                Err(ApiError::Internal("the engine went on after the last token".to_owned()))
             }
-            None => Err(self.engine_died()),
+            None => Err(ApiError::EngineDied),
         }
     }
 
@@ -238,8 +262,13 @@ impl RunningSequence {
         Ok(delta)
     }
 
-    fn engine_died(&self) -> ApiError {
-        ApiError::Internal("the engine has died; the answer is lost".to_owned())
+    /// Refuses what is no number, which JSON cannot say and no client could use: the model computed NaN.
+    fn require_numbers(&self, logprobs: &[TokenLogprobs]) -> Result<(), ApiError> {
+        if !logprobs.iter().any(has_nan) {
+            return Ok(());
+        }
+        tracing::error!(request = self.id, "the model's logits are NaN: the answer is given up");
+        Err(ApiError::Internal("the model's logits are not numbers (NaN)".to_owned()))
     }
 
     fn end(&mut self, outcome: Outcome) {
@@ -248,11 +277,28 @@ impl RunningSequence {
     }
 }
 
+fn has_nan(logprobs: &TokenLogprobs) -> bool {
+    logprobs.logprob.is_nan() || logprobs.top.iter().any(|(_, logprob)| logprob.is_nan())
+}
+
 /// A sequence that is dropped before its end: the client went away.
 impl Drop for RunningSequence {
     fn drop(&mut self) {
         if !self.ended {
             self.telemetry.finished(Outcome::Abort);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_is_told_from_minus_infinity() {
+        let logprobs = |logprob, top: &[(u32, f32)]| TokenLogprobs { logprob, rank: 1, top: top.to_vec() };
+        assert!(!has_nan(&logprobs(f32::NEG_INFINITY, &[(1, -0.5)])));
+        assert!(has_nan(&logprobs(f32::NAN, &[])));
+        assert!(has_nan(&logprobs(-0.5, &[(1, -0.5), (2, f32::NAN)])));
     }
 }

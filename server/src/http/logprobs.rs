@@ -29,16 +29,18 @@ impl<'a> TokenNames<'a> {
     }
 }
 
+/// Minus infinity as a number. NaN never comes here: its request is given up where the engine's answer is read.
 fn finite(logprob: f32) -> f32 {
-    logprob.max(LOWEST)
+    if logprob == f32::NEG_INFINITY { LOWEST } else { logprob }
 }
 
-/// The most likely tokens, best first, and `target` behind them if it is not among them. Its value is the one that
+/// The `k` most likely tokens, best first, and `target` behind them if it is not among them. Its value is the one that
 /// is reported for it alone, so that clients can compare the two.
-fn with_target(target: u32, logprobs: &TokenLogprobs) -> impl Iterator<Item = (u32, f32)> {
-    let outside = !logprobs.top.iter().any(|&(id, _)| id == target);
+fn with_target(target: u32, logprobs: &TokenLogprobs, k: usize) -> impl Iterator<Item = (u32, f32)> {
+    let best = &logprobs.top[..k.min(logprobs.top.len())];
+    let outside = !best.iter().any(|&(id, _)| id == target);
     let value = move |id, other| if id == target { logprobs.logprob } else { other };
-    let top = logprobs.top.iter().map(move |&(id, logprob)| (id, finite(value(id, logprob))));
+    let top = best.iter().map(move |&(id, logprob)| (id, finite(value(id, logprob))));
     top.chain(outside.then_some((target, finite(logprobs.logprob))))
 }
 
@@ -71,12 +73,13 @@ impl<T: Serialize> Serialize for ByToken<T> {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token that begins at character `offset`; `None` for the first token of a prompt, which nothing precedes.
+    /// Adds a token that begins at character `offset`, with at most `k` alternatives; `None` for the first token of a prompt, which nothing precedes.
     pub(super) fn push(
         &mut self,
         id: u32,
         offset: usize,
         logprobs: Option<&TokenLogprobs>,
+        k: usize,
         names: TokenNames<'_>,
     ) {
         self.text_offset.push(offset);
@@ -84,7 +87,7 @@ impl CompletionLogprobs {
         self.token_logprobs.push(logprobs.map(|l| finite(l.logprob)));
         self.top_logprobs.push(logprobs.map(|l| {
             let mut top = ByToken(Vec::new());
-            for (id, logprob) in with_target(id, l) {
+            for (id, logprob) in with_target(id, l, k) {
                 // Of two tokens with one text the better stays: who looks for the best one finds it.
                 top.insert(names.name(id), logprob);
             }
@@ -154,10 +157,11 @@ pub(super) struct RankedToken {
     decoded_token: String,
 }
 
-/// Log-probabilities of `prompt`'s tokens 1.., as [`PromptLogprobs`].
+/// Log-probabilities of `prompt`'s tokens 1.., as [`PromptLogprobs`], with at most `k` alternatives.
 pub(super) fn prompt_logprobs(
     prompt: &[u32],
     logprobs: &[TokenLogprobs],
+    k: usize,
     names: TokenNames<'_>,
 ) -> PromptLogprobs {
     let ranked = |id: u32, logprob: f32, rank: u32| RankedToken {
@@ -168,7 +172,7 @@ pub(super) fn prompt_logprobs(
     let position = |(&id, l): (&u32, &TokenLogprobs)| {
         let mut tokens = ByToken(Vec::new());
         tokens.insert(id.to_string(), ranked(id, l.logprob, l.rank));
-        for (&(other, logprob), rank) in l.top.iter().zip(1..) {
+        for (&(other, logprob), rank) in l.top.iter().take(k).zip(1..) {
             tokens.insert(other.to_string(), ranked(other, logprob, rank));
         }
         Some(tokens)
@@ -191,10 +195,10 @@ mod tests {
     fn the_best_and_the_chosen_are_there() {
         let names = TokenNames::new(None, false);
         let mut list = CompletionLogprobs::default();
-        list.push(1, 0, None, names);
-        list.push(7, 4, Some(&logprobs(-3.0, &[(5, -0.5)])), names);
-        list.push(5, 6, Some(&logprobs(-0.5, &[(5, -0.50001)])), names);
-        list.push(9, 6, Some(&logprobs(f32::NEG_INFINITY, &[])), names);
+        list.push(1, 0, None, 1, names);
+        list.push(7, 4, Some(&logprobs(-3.0, &[(5, -0.5), (6, -0.6)])), 1, names);
+        list.push(5, 6, Some(&logprobs(-0.5, &[(5, -0.50001)])), 1, names);
+        list.push(9, 6, Some(&logprobs(f32::NEG_INFINITY, &[])), 1, names);
         let expected = json!({
             "text_offset": [0, 4, 6, 6],
             "token_logprobs": [null, -3.0, -0.5, -9999.0],
@@ -208,7 +212,7 @@ mod tests {
     #[test]
     fn the_same_value_is_written_the_same() {
         let mut list = CompletionLogprobs::default();
-        list.push(7, 0, Some(&logprobs(-10.025801, &[])), TokenNames::new(None, false));
+        list.push(7, 0, Some(&logprobs(-10.025801, &[])), 0, TokenNames::new(None, false));
         let text = serde_json::to_string(&list).unwrap();
         assert_eq!(text.matches("-10.025801").count(), 2, "clients compare the two: {text}");
         assert_eq!(text.matches("-10.0258").count(), 2, "{text}");
@@ -221,14 +225,14 @@ mod tests {
             (0..300).filter(|&id| tokenizer.token_text(id) == "\u{FFFD}").take(2).collect();
         let [a, b] = broken[..] else { panic!("byte tokens") };
         let mut list = CompletionLogprobs::default();
-        list.push(b, 0, Some(&logprobs(-4.0, &[(a, -1.0)])), TokenNames::new(Some(&tokenizer), false));
+        list.push(b, 0, Some(&logprobs(-4.0, &[(a, -1.0)])), 1, TokenNames::new(Some(&tokenizer), false));
         assert_eq!(list.top_logprobs, [Some(ByToken(vec![("\u{FFFD}".to_owned(), -1.0)]))]);
     }
 
     #[test]
     fn prompts_have_ranks() {
         let names = TokenNames::new(None, false);
-        let list = prompt_logprobs(&[4, 7], &[logprobs(-3.0, &[(5, -0.5), (7, -3.0)])], names);
+        let list = prompt_logprobs(&[4, 7], &[logprobs(-3.0, &[(5, -0.5), (7, -3.0), (8, -4.0)])], 2, names);
         let expected = json!([null, {
             "7": {"logprob": -3.0, "rank": 3, "decoded_token": "token_id:7"},
             "5": {"logprob": -0.5, "rank": 1, "decoded_token": "token_id:5"}}]);

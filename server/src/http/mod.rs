@@ -10,6 +10,7 @@ mod detokenize;
 mod error;
 mod generation;
 mod health;
+mod integer;
 mod json;
 mod load;
 mod logprobs;
@@ -34,7 +35,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::http::{HeaderValue, Method, Uri};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 pub use app::App;
 pub use error::ApiError;
@@ -84,7 +85,12 @@ fn cors(origins: &[String]) -> CorsLayer {
     } else {
         AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
     };
-    layer.allow_origin(allowed).allow_methods(Any).allow_headers(Any)
+    // `*` would not cover Authorization, which the key is in.
+    layer
+        .allow_origin(allowed)
+        .allow_methods(Any)
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([request_id::HEADER])
 }
 
 /// Seconds since 1970.

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::extract::{FromRequestParts, Request, State};
@@ -13,17 +13,21 @@ use axum::response::Response;
 
 use super::App;
 
-const HEADER: HeaderName = HeaderName::from_static("x-request-id");
+/// The header, of requests and of answers.
+pub(super) const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Longest id that is taken from a client.
 const MAX_LEN: usize = 128;
 
-/// The id of a request.
+/// The id of a request. Clones are the same id, also after [`adopt`](RequestId::adopt).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RequestId {
+    /// The header's, or a random one.
     id: String,
     /// Whether the client chose it.
     given: bool,
+    /// The body's, once that was read.
+    body: Arc<OnceLock<String>>,
 }
 
 impl RequestId {
@@ -31,17 +35,21 @@ impl RequestId {
     fn of(headers: &HeaderMap) -> Self {
         let given = headers.get(HEADER).and_then(|value| value.to_str().ok()).filter(|id| is_showable(id));
         match given {
-            Some(id) => Self { id: id.to_owned(), given: true },
-            None => Self { id: format!("{:032x}", fastrand::u128(..)), given: false },
+            Some(id) => Self { id: id.to_owned(), given: true, body: Arc::default() },
+            None => Self { id: format!("{:032x}", fastrand::u128(..)), given: false, body: Arc::default() },
         }
     }
 
-    /// This id, unless only the body (`request_id`) has one from the client.
-    pub(super) fn or(self, body: Option<String>) -> Self {
-        match body.filter(|id| is_showable(id)) {
-            Some(id) if !self.given => Self { id, given: true },
-            _ => self,
+    /// Takes the body's `request_id`, unless the header has one: header, log and answer show the same.
+    pub(super) fn adopt(&self, body: Option<&str>) {
+        if let Some(id) = body.filter(|id| !self.given && is_showable(id)) {
+            // A body is read once.
+            let _ = self.body.set(id.to_owned());
         }
+    }
+
+    fn as_str(&self) -> &str {
+        self.body.get().unwrap_or(&self.id)
     }
 }
 
@@ -51,7 +59,7 @@ fn is_showable(id: &str) -> bool {
 
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.id)
+        f.write_str(self.as_str())
     }
 }
 
@@ -70,7 +78,7 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).await;
-    if let Ok(value) = HeaderValue::from_str(&id.id) {
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
         response.headers_mut().insert(HEADER, value);
     }
     if app.config().log_requests {
@@ -93,13 +101,18 @@ mod tests {
     fn the_clients_id_is_kept_when_it_can_be_shown() {
         let mut headers = HeaderMap::new();
         headers.insert(HEADER, HeaderValue::from_static("abc-1"));
-        assert_eq!(RequestId::of(&headers).or(Some("body".into())).to_string(), "abc-1");
+        let adopted = |headers: &HeaderMap| {
+            let id = RequestId::of(headers);
+            id.clone().adopt(Some("body"));
+            id.to_string()
+        };
+        assert_eq!(adopted(&headers), "abc-1");
         for bad in ["", "two words", "é"] {
             headers.insert(HEADER, HeaderValue::from_bytes(bad.as_bytes()).unwrap());
             let id = RequestId::of(&headers);
             assert!(!id.given && id.to_string().len() == 32, "{bad}");
         }
-        assert_eq!(RequestId::of(&HeaderMap::new()).or(Some("body".into())).to_string(), "body");
+        assert_eq!(adopted(&HeaderMap::new()), "body");
         assert_ne!(RequestId::of(&HeaderMap::new()), RequestId::of(&HeaderMap::new()));
     }
 }

@@ -16,12 +16,16 @@ const GREEDY_BELOW: f32 = 1e-5;
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct SamplingFields {
+    #[serde(default, deserialize_with = "super::integer::optional")]
     n: Option<usize>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     best_of: Option<usize>,
     temperature: Option<f32>,
     top_p: Option<f32>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     top_k: Option<i64>,
     min_p: Option<f32>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     seed: Option<i64>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
@@ -32,17 +36,20 @@ pub(super) struct SamplingFields {
     stop_token_ids: Option<Vec<u32>>,
     include_stop_str_in_output: Option<bool>,
     ignore_eos: Option<bool>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     min_tokens: Option<usize>,
     skip_special_tokens: Option<bool>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     prompt_logprobs: Option<i64>,
     return_token_ids: Option<bool>,
     return_tokens_as_token_ids: Option<bool>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
     truncate_prompt_tokens: Option<i64>,
 }
 
 /// `stop`: one string or several.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "must be a string or a list of strings")]
 enum StopField {
     One(String),
     Many(Vec<String>),
@@ -206,8 +213,10 @@ impl SamplingPlan {
     }
 
     /// The stop conditions of a prompt of `prompt_len` tokens: `max_tokens` is cut to what the context holds.
+    /// `field` is to blame for a prompt that is too long.
     pub(super) fn stop_for(
         &self,
+        field: &'static str,
         prompt_len: usize,
         max_tokens: Option<usize>,
         max_model_len: usize,
@@ -217,7 +226,7 @@ impl SamplingPlan {
             let message = format!(
                 "the prompt has {prompt_len} tokens; this model's context holds {max_model_len}, prompt and answer together"
             );
-            return Err(ApiError::field("prompt", message));
+            return Err(ApiError::field(field, message));
         }
         let max_tokens = max_tokens.unwrap_or(room).min(room);
         require(
@@ -324,21 +333,21 @@ mod tests {
     #[test]
     fn the_context_bounds_the_answer() {
         let plan = plan(json!({"min_tokens": 2})).unwrap();
-        assert_eq!(plan.stop_for(60, Some(16), 64).unwrap().max_tokens, 4);
-        assert_eq!(plan.stop_for(60, None, 64).unwrap().max_tokens, 4);
+        assert_eq!(plan.stop_for("prompt", 60, Some(16), 64).unwrap().max_tokens, 4);
+        assert_eq!(plan.stop_for("prompt", 60, None, 64).unwrap().max_tokens, 4);
         let param = |result: Result<StopConditions, ApiError>| match result.unwrap_err() {
             ApiError::BadRequest { param, .. } => param.unwrap(),
             other => panic!("{other:?}"),
         };
-        assert_eq!(param(plan.stop_for(64, Some(16), 64)), "prompt");
-        assert_eq!(param(plan.stop_for(64, None, 64)), "prompt");
-        assert_eq!(param(plan.stop_for(65, Some(0), 64)), "prompt");
-        assert_eq!(param(plan.stop_for(10, Some(1), 64)), "min_tokens");
+        assert_eq!(param(plan.stop_for("prompt", 64, Some(16), 64)), "prompt");
+        assert_eq!(param(plan.stop_for("prompt", 64, None, 64)), "prompt");
+        assert_eq!(param(plan.stop_for("messages", 65, Some(0), 64)), "messages");
+        assert_eq!(param(plan.stop_for("prompt", 10, Some(1), 64)), "min_tokens");
     }
 
     #[test]
     fn a_full_context_can_be_scored() {
         let plan = plan(json!({})).unwrap();
-        assert_eq!(plan.stop_for(64, Some(0), 64).unwrap().max_tokens, 0);
+        assert_eq!(plan.stop_for("prompt", 64, Some(0), 64).unwrap().max_tokens, 0);
     }
 }

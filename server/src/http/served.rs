@@ -37,14 +37,17 @@ impl ServedModel {
     }
 
     /// Refuses a request of more sequences than this server ever has at a time; waiting would not help it.
-    pub(super) fn require_capacity(&self, sequences: usize) -> Result<(), ApiError> {
-        if sequences <= self.max_sequences {
+    pub(super) fn require_capacity(&self, prompts: usize, n: usize) -> Result<(), ApiError> {
+        let most = self.max_sequences;
+        if prompts > most {
+            let message = format!("prompt: {prompts} prompts; this server takes {most}");
+            return Err(ApiError::field("prompt", message));
+        }
+        let sequences = prompts.saturating_mul(n);
+        if sequences <= most {
             return Ok(());
         }
-        let message = format!(
-            "n times the prompts are {sequences} sequences; this server takes {}",
-            self.max_sequences
-        );
+        let message = format!("n times the prompts are {sequences} sequences; this server takes {most}");
         Err(ApiError::field("n", message))
     }
 

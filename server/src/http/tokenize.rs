@@ -11,6 +11,7 @@ use super::App;
 use super::chat_messages::{ChatPromptFields, check_messages};
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::unsupported;
 
 /// A text or the messages of a chat.
 #[derive(Debug, Deserialize)]
@@ -39,6 +40,7 @@ pub(super) async fn tokenize(
     let model = Arc::clone(app.model()?);
     let fields: TokenizeFields = body.read()?;
     model.resolve_name(fields.model.as_deref())?;
+    unsupported::check_tokenize(&body)?;
     let chat: ChatPromptFields = body.read()?;
     super::off_the_reactor(move || {
         let tokens = match (fields.prompt, fields.messages) {

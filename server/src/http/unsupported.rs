@@ -21,18 +21,19 @@ const EVERYWHERE: &[Row] = &[
     ("length_penalty", &["1"]),
     ("priority", &["0"]),
     ("kv_transfer_params", &[]),
+    ("spaces_between_special_tokens", &["true"]),
 ];
 
 const COMPLETIONS: &[Row] = &[("suffix", &[r#""""#]), ("prompt_embeds", &[])];
 
+/// What changes the prompt that messages make.
+const CHAT_PROMPT: &[Row] = &[("tools", &["[]"]), ("chat_template", &[]), ("documents", &["[]"])];
+
 const CHAT: &[Row] = &[
-    ("tools", &["[]"]),
     ("tool_choice", &[r#""none""#]),
     ("functions", &["[]"]),
     ("function_call", &[r#""none""#]),
     ("echo", &["false"]),
-    ("chat_template", &[]),
-    ("documents", &["[]"]),
     ("modalities", &[r#"["text"]"#]),
     ("audio", &[]),
     ("prediction", &[]),
@@ -47,7 +48,12 @@ pub(super) fn check_completion(body: &JsonBody) -> Result<(), ApiError> {
 
 /// As [`check_completion`], for a chat.
 pub(super) fn check_chat(body: &JsonBody) -> Result<(), ApiError> {
-    check(body, EVERYWHERE.iter().chain(CHAT))
+    check(body, EVERYWHERE.iter().chain(CHAT_PROMPT).chain(CHAT))
+}
+
+/// As [`check_completion`], for `/tokenize`.
+pub(super) fn check_tokenize(body: &JsonBody) -> Result<(), ApiError> {
+    check(body, CHAT_PROMPT.iter())
 }
 
 fn check<'a>(body: &JsonBody, rows: impl Iterator<Item = &'a Row>) -> Result<(), ApiError> {
@@ -96,6 +102,7 @@ mod tests {
             ("tools", r#"[{"type": "function"}]"#),
             ("tool_choice", r#""auto""#),
             ("echo", "true"),
+            ("spaces_between_special_tokens", "false"),
         ];
         for (field, value) in cases {
             let error = check_chat(&body(&format!("{{\"{field}\": {value}}}"))).unwrap_err();
@@ -105,11 +112,15 @@ mod tests {
             );
         }
         assert!(check_completion(&body(r#"{"suffix": "x"}"#)).is_err());
+        for json in [r#"{"tools": [{}]}"#, r#"{"chat_template": "x"}"#] {
+            assert!(check_tokenize(&body(json)).is_err(), "{json}");
+        }
+        check_tokenize(&body(r#"{"tools": [], "chat_template": null}"#)).unwrap();
     }
 
     #[test]
     fn the_rows_are_json() {
-        for (field, neutral) in EVERYWHERE.iter().chain(COMPLETIONS).chain(CHAT) {
+        for (field, neutral) in EVERYWHERE.iter().chain(COMPLETIONS).chain(CHAT_PROMPT).chain(CHAT) {
             for json in *neutral {
                 serde_json::from_str::<Value>(json).unwrap_or_else(|e| panic!("{field}: {e}"));
             }

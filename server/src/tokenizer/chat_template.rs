@@ -140,16 +140,14 @@ impl ChatTemplate {
         messages: &[Map<String, serde_json::Value>],
         options: &RenderOptions,
     ) -> Result<String, TemplateError> {
-        let messages: Vec<_> = messages.iter().map(|message| self.adapted(message)).collect();
-        let prompt = self.run(&messages, options)?;
+        let mut messages: Vec<_> = messages.iter().map(|message| self.adapted(message)).collect();
         if !options.continue_final_message {
-            return Ok(prompt);
+            return self.run(&messages, options);
         }
-        let last = messages.last().map(|message| text_of(message.get("content"))).unwrap_or_default();
-        let last = last.trim();
-        let at =
-            prompt.rfind(last).filter(|_| !last.is_empty()).ok_or(TemplateError::FinalMessageNotFound)?;
-        Ok(prompt[..at + last.len()].to_owned())
+        let content = messages.last_mut().and_then(|message| message.get_mut("content"));
+        let last = content.and_then(append_sentinel).ok_or(TemplateError::FinalMessageNotFound)?;
+        let prompt = self.run(&messages, options)?;
+        cut_at_sentinel(&prompt, last.trim()).ok_or(TemplateError::FinalMessageNotFound)
     }
 
     fn run(
@@ -207,6 +205,29 @@ impl ChatTemplate {
 const PROBE: &str = "probe7c41";
 /// Stands beside the probe in a list of parts: to be seen only when a template prints the list instead of its text.
 const PROBE_TYPE: &str = "\"text\"";
+
+/// Marks the end of the text that an answer continues, as in Transformers. Its space at the end tells whether the
+/// template trims messages.
+const SENTINEL: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// Marks the end of a content's text, or of its last part of text; returns the text before that. `None`: there is none.
+fn append_sentinel(content: &mut serde_json::Value) -> Option<String> {
+    let text = match content {
+        serde_json::Value::Array(parts) => parts.iter_mut().rev().find_map(|part| part.get_mut("text"))?,
+        other => other,
+    };
+    let before = text.as_str()?.to_owned();
+    *text = serde_json::Value::from(format!("{before}{SENTINEL}"));
+    Some(before)
+}
+
+/// What stands before the sentinel. A template that trimmed the sentinel's space would have trimmed the message's own.
+fn cut_at_sentinel(prompt: &str, last: &str) -> Option<String> {
+    let at = prompt.rfind(SENTINEL.trim_end())?;
+    let before = &prompt[..at];
+    let kept = if prompt[at..].starts_with(SENTINEL) { before } else { before.trim_end() };
+    kept.contains(last).then(|| kept.to_owned())
+}
 
 fn parts_of(text: &str) -> serde_json::Value {
     serde_json::json!([{"type": "text", "text": text}])
@@ -323,9 +344,27 @@ mod tests {
         let list =
             messages(json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, "}]));
         let prompt = template(SMOLLM).render(&list, &options).unwrap();
-        assert!(prompt.ends_with("<|im_start|>assistant\nSure,"), "{prompt}");
+        assert!(prompt.ends_with("<|im_start|>assistant\nSure, "), "{prompt}");
         let hidden = template("nothing").render(&list, &options).unwrap_err();
         assert!(matches!(hidden, TemplateError::FinalMessageNotFound));
+    }
+
+    #[test]
+    fn continued_text_may_look_like_what_the_template_writes_behind_it() {
+        let options = RenderOptions { continue_final_message: true, ..RenderOptions::default() };
+        for text in ["<", "im", "end", "", "Sure, ", "assistant"] {
+            let list =
+                messages(json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]));
+            let prompt = template(SMOLLM).render(&list, &options).unwrap();
+            assert!(prompt.ends_with(&format!("<|im_start|>assistant\n{text}")), "{text}: {prompt}");
+            let trimming = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}";
+            let prompt = template(trimming).render(&list, &options).unwrap();
+            assert_eq!(prompt, format!("<user>Hi</s><assistant>{}", text.trim_end()));
+            let in_parts =
+                "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}";
+            let prompt = template(in_parts).render(&list, &options).unwrap();
+            assert_eq!(prompt, format!("[Hi][{text}"));
+        }
     }
 
     #[test]

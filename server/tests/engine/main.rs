@@ -90,7 +90,7 @@ fn hear(mut events: UnboundedReceiver<TokenEvent>) -> Heard {
                 );
                 heard.prompt = Some(prompt);
             }
-            TokenEvent::Token { id, logprobs } => {
+            TokenEvent::Token { id, logprobs, .. } => {
                 heard.tokens.push(id);
                 heard.logprobs.extend(logprobs);
             }

@@ -18,6 +18,11 @@ fn refused(output: &Output) -> String {
     let error = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
+    // A path or a reason that stands there twice was printed by an error and by its source.
+    let parts: Vec<&str> = error.trim_end().split(": ").collect();
+    for (index, part) in parts.iter().enumerate() {
+        assert!(!parts[..index].contains(part), "'{part}' twice: {error}");
+    }
     error.strip_prefix("error: ").unwrap_or_else(|| panic!("{error}")).trim_end().to_owned()
 }
 
@@ -37,18 +42,45 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
+fn the_port_of_a_service_of_kubernetes_is_ignored() {
+    for arguments in [&["check-config"][..], &["check-config", "--port", "5"]] {
+        let output = mxserve(arguments).env("MXSERVE_PORT", "tcp://10.0.0.1:8000").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let expected = if arguments.len() == 1 { "port = 8000\n" } else { "port = 5\n" };
+        assert!(String::from_utf8(output.stdout).unwrap().contains(expected));
+    }
+    let output = mxserve(&[]).env("MXSERVE_PORT", "tcp://10.0.0.1:8000").output().unwrap();
+    assert!(refused(&output).contains("MODEL"));
+    let output = mxserve(&["check-config"]).env("MXSERVE_PORT", "udp://10.0.0.1").output().unwrap();
+    assert!(!output.status.success());
+}
+
+#[test]
+fn api_keys_are_not_printed_and_that_is_said() {
+    let output = mxserve(&["check-config", "--api-key", "hush", "--host", "localhost"]).output().unwrap();
+    let (out, error) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(
+        out.contains("host = \"127.0.0.1\"") && error.contains("API keys are not printed"),
+        "{out}{error}"
+    );
+    assert!(!out.contains("hush") && !error.contains("hush"), "{out}{error}");
+}
+
+#[test]
 fn what_cannot_work_is_one_line_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let empty = folder.path().to_str().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
     let missing_config = format!("{empty}/none.toml");
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 11] = [
         (&["/no/such/folder", "--port", "0"], "/no/such/folder"),
         (&[file.to_str().unwrap(), "--port", "0"], "not a folder"),
         (&[empty, "--port", "0"], "config.json"),
         (&[], "MODEL"),
         (&[MODEL, "--config", &missing_config], "none.toml"),
+        (&["demo", MODEL], "own model"),
+        (&[MODEL, "--threads", "1025"], "1024"),
         (&[MODEL, "--device", "cuda"], "device"),
         (&[MODEL, "--tensor-parallel-size", "2"], "tensor_parallel_size"),
         (&[MODEL, "--gpu-memory-utilization", "0.9"], "gpu_memory_utilization"),

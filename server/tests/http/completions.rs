@@ -16,6 +16,34 @@ fn greedy(fields: Value) -> Value {
 }
 
 #[tokio::test]
+async fn the_engine_alone_decides_which_token_ends() {
+    let server = TestServer::start().await;
+    // Nothing else is allowed, so the end comes before min_tokens and does not end anything.
+    let body = json!({"prompt": "a", "allowed_token_ids": [0], "min_tokens": 2, "max_tokens": 5});
+    let answer = server.complete(body).await;
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
+    let body = json!({"prompt": "a", "allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 2, "max_tokens": 5});
+    let answer = server.complete(body).await;
+    assert_eq!(answer["choices"][0]["stop_reason"], 7, "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
+}
+
+#[tokio::test]
+async fn each_list_has_as_many_alternatives_as_it_was_asked_for() {
+    let server = TestServer::start().await;
+    let body = json!({"prompt": "a vector of", "max_tokens": 1, "logprobs": 1, "prompt_logprobs": 3, "echo": true,
+        "return_tokens_as_token_ids": true});
+    let choice = server.choice(body).await;
+    for top in choice["logprobs"]["top_logprobs"].as_array().unwrap().iter().skip(1) {
+        assert!((1..=2).contains(&top.as_object().unwrap().len()), "the best and the token: {top}");
+    }
+    for top in choice["prompt_logprobs"].as_array().unwrap().iter().skip(1) {
+        assert!((3..=4).contains(&top.as_object().unwrap().len()), "{top}");
+    }
+}
+
+#[tokio::test]
 async fn the_four_forms_of_a_prompt_agree() {
     let server = TestServer::start().await;
     let (a, b) = ("Returns the number of", "Creates a new");

@@ -20,7 +20,7 @@ type Case = (Method, &'static str, &'static str, u16, &'static str, Option<&'sta
 async fn what_is_wrong_with_a_request_is_told_and_named() {
     let server = TestServer::start().await;
     let bad = "BadRequestError";
-    let cases: [Case; 30] = [
+    let cases: [Case; 35] = [
         (Method::POST, COMPLETIONS, "{", 400, bad, None),
         (Method::POST, COMPLETIONS, "", 400, bad, None),
         (Method::POST, COMPLETIONS, "[]", 400, bad, None),
@@ -60,6 +60,32 @@ async fn what_is_wrong_with_a_request_is_told_and_named() {
             Some("top_logprobs"),
         ),
         (Method::POST, CHAT, r#"{"messages": [{"role": "user"}], "tools": [{}]}"#, 400, bad, Some("tools")),
+        (Method::POST, COMPLETIONS, r#"{"prompt": "a", "stop": 5}"#, 400, bad, Some("stop")),
+        (
+            Method::POST,
+            CHAT,
+            r#"{"messages": [{"role": "user"}], "max_completion_tokens": 0}"#,
+            400,
+            bad,
+            Some("max_completion_tokens"),
+        ),
+        (
+            Method::POST,
+            "/tokenize",
+            r#"{"messages": [{"role": "user"}], "tools": [{}]}"#,
+            400,
+            bad,
+            Some("tools"),
+        ),
+        (
+            Method::POST,
+            "/tokenize",
+            r#"{"messages": [{"role": "user"}], "chat_template": "x"}"#,
+            400,
+            bad,
+            Some("chat_template"),
+        ),
+        (Method::POST, COMPLETIONS, r#"{"prompt": "a", "max_tokens": 3.5}"#, 400, bad, Some("max_tokens")),
         (Method::GET, "/v1/models/none", "", 404, "NotFoundError", Some("model")),
         (Method::GET, "/v1/none", "", 404, "NotFoundError", None),
         (Method::GET, "/", "", 404, "NotFoundError", None),
@@ -82,7 +108,7 @@ async fn what_is_wrong_with_a_request_is_told_and_named() {
 #[tokio::test]
 async fn unknown_fields_are_accepted() {
     let server = TestServer::start().await;
-    let body = json!({"prompt": "a", "max_tokens": 1, "no_stop_trim": true, "separate_reasoning": false,
+    let body = json!({"prompt": "a", "max_tokens": 1.0, "no_stop_trim": true, "separate_reasoning": false,
         "return_hidden_states": false, "stop": null, "user": "u", "cache_salt": "s"});
     server.complete(body).await;
 }
@@ -117,6 +143,10 @@ async fn the_clients_request_id_comes_back() {
         .await;
     assert_eq!(response.headers()["x-request-id"], "my-1");
     assert_eq!(response.json::<Value>().await.unwrap()["id"], "cmpl-my-1");
+    let body = json!({"prompt": "a", "max_tokens": 1, "request_id": "my-2"});
+    let response = server.send(Method::POST, COMPLETIONS, body.to_string()).await;
+    assert_eq!(response.headers()["x-request-id"], "my-2");
+    assert_eq!(response.json::<Value>().await.unwrap()["id"], "cmpl-my-2");
 }
 
 #[tokio::test]
@@ -127,6 +157,7 @@ async fn browsers_may_call_from_allowed_origins() {
     let allowed =
         server.send_with("/tokenize", &json!({"prompt": "a"}), ("origin", "https://a.example")).await;
     assert_eq!(allowed.headers()["access-control-allow-origin"], "https://a.example");
+    assert_eq!(allowed.headers()["access-control-expose-headers"], "x-request-id");
     let other = server.send_with("/tokenize", &json!({"prompt": "a"}), ("origin", "https://b.example")).await;
     assert!(!other.headers().contains_key("access-control-allow-origin"));
 }
