@@ -12,9 +12,11 @@ use kernels::DenseDtype;
 use kernels::mx::{Cast, ElementRounding, Energy, Values};
 use models::checkpoint::dense_dtype;
 use models::checkpoint::quantization::Dialect;
+use safetensors::Dtype;
 
 use crate::error::ConvertError;
 use crate::files::{self, Provenance};
+use crate::finite::first_non_finite;
 use crate::layout;
 use crate::output::{Output, Target};
 use crate::plan::{Action, Plan, Recipe, plan};
@@ -85,7 +87,8 @@ pub fn default_output(model: &Path, format: &str) -> PathBuf {
 pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let source = Source::open(&options.model)?;
-    let plan = plan(&options.recipe, source.tensors(), source.traits())?;
+    let plan = plan(&options.recipe, source.tensors(), source.traits())
+        .map_err(|error| ConvertError::Plan { path: source.path_of(error.tensor()), error })?;
     let layout = layout::choose(options.layout, &plan)?;
     let output = Output::new(&plan, source.tensors(), layout, options.max_shard_bytes);
     for warning in &plan.warnings {
@@ -102,15 +105,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, Con
     staging::check_space(staging.dir(), &options.output, output.total_bytes())?;
     let sink = Sink::create(staging.dir(), &output, &options.output)?;
     let quantizer = DirectCast { rounding: options.element_rounding };
-    let job = Job {
-        source: &source,
-        plan: &plan,
-        output: &output,
-        sink: &sink,
-        quantizer: &quantizer,
-        model: &options.model,
-        progress,
-    };
+    let job =
+        Job { source: &source, plan: &plan, output: &output, sink: &sink, quantizer: &quantizer, progress };
     let outcome = job.run(options.threads)?;
     sink.sync()?;
     report.finish(&outcome.energies, start.elapsed());
@@ -130,7 +126,6 @@ struct Job<'a> {
     output: &'a Output,
     sink: &'a Sink,
     quantizer: &'a dyn Quantizer,
-    model: &'a Path,
     progress: &'a dyn Progress,
 }
 
@@ -254,12 +249,20 @@ impl Job<'_> {
                 s.codes.extend(s.values.chunks_exact(4).flat_map(|b| {
                     bf16::from_f32(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_le_bytes()
                 }));
+                // After rounding, which can overflow.
+                self.check_finite(planned.source, Dtype::BF16, range.start / 4, &s.codes)?;
                 self.sink.write(slot, range.start / 2, &s.codes)?;
                 Energy::default()
             }
-            (_, Target::Dense(slot) | Target::Mx { codes: slot, .. }) => {
+            (Action::Copy, Target::Dense(slot)) => {
+                let dtype = self.source.tensors()[planned.source].dtype;
+                let first_index = range.start * 8 / dtype.bitsize() as u64;
+                self.check_finite(planned.source, dtype, first_index, &s.values)?;
                 self.sink.write(slot, range.start, &s.values)?;
                 Energy::default()
+            }
+            (Action::Quantize(_), Target::Dense(_)) | (Action::Copy | Action::ToBf16, Target::Mx { .. }) => {
+                unreachable!("the output has codes and scales for what is quantized, and for nothing else")
             }
         };
         self.progress.advance(range.end - range.start);
@@ -287,16 +290,37 @@ impl Job<'_> {
         s.codes.resize(cast.format.code_bytes(elements), 0);
         s.scales.resize(cast.format.scale_bytes(elements), 0);
         let rows = Rows { tensor: name, values, first_index };
-        let energy = self.quantizer.quantize(cast, rows, &mut s.codes, &mut s.scales).map_err(|bad| {
-            let (index, cols) = (bad.index as u64, tensor.shape[1] as u64);
-            ConvertError::NonFinite {
-                path: self.model.to_owned(),
-                tensor: tensor.name.clone(),
-                index: [index / cols, index % cols],
-                value: bad.value,
-            }
-        })?;
+        let energy = self
+            .quantizer
+            .quantize(cast, rows, &mut s.codes, &mut s.scales)
+            .map_err(|bad| self.non_finite(source, bad.index as u64, bad.value))?;
         Ok(Quantized { index: first_index, energy })
+    }
+
+    /// Refuses NaN and Inf in values that are written as they are; `first_index` is the first one's in the tensor.
+    fn check_finite(
+        &self,
+        source: usize,
+        dtype: Dtype,
+        first_index: u64,
+        bytes: &[u8],
+    ) -> Result<(), ConvertError> {
+        match first_non_finite(dtype, bytes) {
+            None => Ok(()),
+            Some((index, value)) => Err(self.non_finite(source, first_index + index, value)),
+        }
+    }
+
+    /// The error for element `index`, counted through the whole tensor.
+    fn non_finite(&self, source: usize, mut index: u64, value: &'static str) -> ConvertError {
+        let tensor = &self.source.tensors()[source];
+        let mut indices = vec![0; tensor.shape.len()];
+        for (along, &dim) in indices.iter_mut().zip(&tensor.shape).rev() {
+            *along = index % dim as u64;
+            index /= dim as u64;
+        }
+        let path = self.source.path_of(Some(&tensor.name));
+        ConvertError::NonFinite { path, tensor: tensor.name.clone(), index: indices, value }
     }
 }
 

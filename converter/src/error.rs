@@ -16,8 +16,13 @@ pub enum ConvertError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The recipe does not fit the model.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
+    #[error("{}: {error}", path.display())]
+    Plan {
+        /// The source, or its file that holds the tensor.
+        path: PathBuf,
+        /// What does not fit.
+        error: PlanError,
+    },
     /// The file system refused.
     #[error("{}: {error}", path.display())]
     Io {
@@ -77,12 +82,12 @@ pub enum ConvertError {
     /// A weight is not a number.
     #[error("{}: tensor {tensor}: element {index:?} is {value}", path.display())]
     NonFinite {
-        /// The source.
+        /// The file that holds the tensor.
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// Row and column.
-        index: [u64; 2],
+        /// Index along each dimension.
+        index: Vec<u64>,
         /// `NaN`, `inf` or `-inf`.
         value: &'static str,
     },

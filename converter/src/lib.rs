@@ -9,6 +9,7 @@
 mod convert;
 mod error;
 mod files;
+mod finite;
 mod gguf;
 pub mod inspect;
 mod layout;

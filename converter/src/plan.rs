@@ -156,6 +156,19 @@ pub enum PlanError {
     Nothing,
 }
 
+impl PlanError {
+    /// The source tensor that does not fit, if it is one.
+    pub fn tensor(&self) -> Option<&str> {
+        match self {
+            Self::NotAMatrix { tensor, .. }
+            | Self::NameTaken { tensor, .. }
+            | Self::PartialBlock { tensor, .. }
+            | Self::Dtype { tensor, .. } => Some(tensor),
+            Self::NoEmbedding | Self::MatchesNothing { .. } | Self::Nothing => None,
+        }
+    }
+}
+
 /// How the source ties and stores its tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct SourceTraits {
@@ -204,9 +217,12 @@ pub fn plan(recipe: &Recipe, tensors: &[SourceTensor], source: SourceTraits) -> 
     }
     check_names(&planned)?;
     // Routers and the like are linear modules too: loaders must be told that they are not quantized.
-    let matrices = tensors.iter().filter(|tensor| tensor.shape.len() == 2);
-    let modules = matrices.filter_map(|tensor| tensor.name.strip_suffix(".weight")).chain([LM_HEAD]);
+    let modules = tensors.iter().filter_map(|tensor| {
+        let module = tensor.name.strip_suffix(".weight")?;
+        (tensor.shape.len() == 2 || is_layer_linear(module)).then_some(module)
+    });
     let linears: BTreeMap<String, Option<Scheme>> = modules
+        .chain([LM_HEAD])
         .filter(|module| !is_embedding(module))
         .map(|module| (module.to_owned(), schemes.get(module).copied()))
         .collect();
@@ -272,7 +288,11 @@ fn check(tensor: &SourceTensor, scheme: Scheme) -> Result<Scheme, PlanError> {
 
 /// The names of codes and scales, in whatever layout, are free.
 fn check_names(planned: &[PlannedTensor]) -> Result<(), PlanError> {
-    let names: HashSet<&str> = planned.iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut names = HashSet::new();
+    if let Some(again) = planned.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
+        let module = again.module().unwrap_or(&again.name).to_owned();
+        return Err(PlanError::NameTaken { tensor: again.name.clone(), module });
+    }
     let quantized = planned.iter().filter(|tensor| matches!(tensor.action, Action::Quantize(_)));
     for module in quantized.filter_map(PlannedTensor::module) {
         for suffix in ["weight_scale", "weight_packed"] {

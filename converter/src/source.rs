@@ -111,6 +111,18 @@ impl Source {
         }
     }
 
+    /// Path of a tensor's file; of the model, where there is no such tensor.
+    pub(crate) fn path_of(&self, tensor: Option<&str>) -> PathBuf {
+        match self {
+            Self::Folder { checkpoint, .. } => tensor
+                .and_then(|name| checkpoint.info(name).ok())
+                .and_then(|info| checkpoint.shard_files().nth(info.shard))
+                .unwrap_or_else(|| checkpoint.dir())
+                .to_owned(),
+            Self::Gguf(gguf) => gguf.path().to_owned(),
+        }
+    }
+
     /// Bytes the tensors take in the source's files.
     pub(crate) fn stored_bytes(&self, tensor: usize) -> u64 {
         match self {

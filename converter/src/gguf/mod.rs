@@ -1,10 +1,11 @@
 //! Llama-architecture GGUF files: dequantized by candle, renamed, q and k rows put back into Hugging Face's order.
 
+mod alignment;
 mod config;
 mod tokenizer;
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Seek};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -58,7 +59,12 @@ impl GgufSource {
         let gguf = |reason: String| ConvertError::Gguf { path: path.to_owned(), reason };
         let file = File::open(path).map_err(ConvertError::io(path))?;
         let file_bytes = file.metadata().map_err(ConvertError::io(path))?.len();
-        let content = Content::read(&mut BufReader::new(file))
+        let mut reader = BufReader::new(file);
+        if alignment::is_zero(&mut reader) {
+            return Err(gguf("metadata general.alignment is 0".to_owned()));
+        }
+        reader.rewind().map_err(ConvertError::io(path))?;
+        let content = Content::read(&mut reader)
             .map_err(|e| gguf(format!("no readable GGUF file: {}", first_line(&e))))?;
         let metadata = Metadata { content: &content };
         let architecture = metadata.string("general.architecture").map_err(&gguf)?;
@@ -71,8 +77,12 @@ impl GgufSource {
         let config = config::build(&metadata, &content, path).map_err(&gguf)?;
         let (mut tensors, mut origins) = (Vec::new(), Vec::new());
         for (name, info) in entries {
-            let stored_bytes =
-                (info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size()) as u64;
+            let elements = info.shape.dims().iter().try_fold(1_usize, |n, &dim| n.checked_mul(dim));
+            let stored_bytes = elements
+                .filter(|elements| elements.checked_mul(size_of::<f32>()).is_some())
+                .and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()))
+                .ok_or_else(|| gguf(format!("tensor {name}: shape {:?} is too large", info.shape.dims())))?
+                as u64;
             if content.tensor_data_offset.saturating_add(info.offset).saturating_add(stored_bytes)
                 > file_bytes
             {
@@ -91,8 +101,11 @@ impl GgufSource {
                 _ => None,
             };
             let rows = info.shape.dims().first().copied().unwrap_or(0);
-            if heads.is_some_and(|heads| heads == 0 || !rows.is_multiple_of(2 * heads)) {
-                return Err(gguf(format!("tensor {name}: {rows} rows do not fit {heads:?} heads")));
+            let fit = |heads: usize| {
+                heads.checked_mul(2).is_some_and(|halves| halves > 0 && rows.is_multiple_of(halves))
+            };
+            if let Some(heads) = heads.filter(|heads| !fit(*heads)) {
+                return Err(gguf(format!("tensor {name}: {rows} rows do not fit {heads} heads")));
             }
             tensors.push(SourceTensor {
                 name: renamed,

@@ -198,4 +198,6 @@ fn bad_shapes_and_names_are_refused() {
     flat[1].shape = vec![64];
     let excluded = plan(&recipe("mxfp4", &[], &["model.layers.0.self_attn.q_proj"]), &flat, TIED).unwrap();
     assert_eq!(excluded.tensors[1].action, Action::Copy);
+    assert_eq!(excluded.linears["model.layers.0.self_attn.q_proj"], None, "declared unquantized");
+    check(&head, &|t| t.push(tensor("other.embed_tokens.weight", &[128, 64])), &["lm_head.weight"]);
 }

@@ -231,20 +231,77 @@ fn killed_half_way_nothing_that_looks_like_a_checkpoint_is_left() {
 }
 
 #[test]
-fn two_conversions_to_one_name_do_not_disturb_each_other() {
+fn conversions_to_one_name_do_not_disturb_each_other() {
+    const FORMATS: [&str; 3] = ["mxfp4", "mxfp6", "mxfp8"];
     let root = tempfile::tempdir().unwrap();
-    let output = root.path().join("out");
-    let results: Vec<bool> = std::thread::scope(|scope| {
-        let run = || {
-            let args = [rustdoc_6m().to_str().unwrap().to_owned(), output.to_str().unwrap().to_owned()];
-            mxconvert(&[&args[0], "--format", "mxfp4", "-o", &args[1], "--force"]).status.success()
-        };
-        let threads: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    });
-    assert!(results.contains(&true));
-    let expected = root.path().join("expected");
-    convert_to(&rustdoc_6m(), &expected, "mxfp4").unwrap();
+    let model = rustdoc_6m();
     let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
-    assert_eq!(read(&output), read(&expected));
+    let expected: Vec<Vec<u8>> = FORMATS
+        .iter()
+        .map(|format| {
+            let dir = root.path().join(format);
+            convert_to(&model, &dir, format).unwrap();
+            read(&dir)
+        })
+        .collect();
+    for force in [false, true] {
+        let folder = root.path().join(format!("force-{force}"));
+        std::fs::create_dir(&folder).unwrap();
+        let output = folder.join("out");
+        let run = |format: &str| {
+            let paths = [model.to_str().unwrap(), output.to_str().unwrap()];
+            let mut args = vec![paths[0], "--format", format, "-o", paths[1]];
+            args.extend(force.then_some("--force"));
+            mxconvert(&args)
+        };
+        let results: Vec<Output> = std::thread::scope(|scope| {
+            let threads: Vec<_> = FORMATS.iter().map(|format| scope.spawn(|| run(format))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let (winners, losers): (Vec<usize>, Vec<usize>) =
+            (0..FORMATS.len()).partition(|&i| results[i].status.success());
+        if force {
+            assert!(losers.is_empty(), "{}", text(&results[losers[0]].stderr));
+        } else {
+            assert_eq!(winners.len(), 1, "the name is given once");
+            for loser in losers {
+                let error = text(&results[loser].stderr);
+                assert!(error.contains("exists already"), "{error}");
+            }
+        }
+        let bytes = read(&output);
+        assert!(winners.iter().any(|&i| bytes == expected[i]), "whole, and of one that succeeded");
+        assert_eq!(names(&folder), ["out"], "nothing else is left");
+        assert_eq!(names(&output), names(&root.path().join("mxfp4")), "nothing else is in it");
+    }
+}
+
+#[test]
+fn reports_that_cannot_be_written_are_refused_before_the_work() {
+    let root = tempfile::tempdir().unwrap();
+    let model = &tiny(root.path());
+    let missing = root.path().join("nowhere/report.json");
+    fails(&[model, "--format", "mxfp4", "--report", missing.to_str().unwrap()], &["--report", "nowhere"]);
+    let inside = root.path().join("tiny-mxfp4/report.json");
+    fails(
+        &[model, "--format", "mxfp4", "--report", inside.to_str().unwrap()],
+        &["--report", "in the output"],
+    );
+    // A conversion that fails leaves no empty report.
+    let report = root.path().join("report.json");
+    let args = [model, "--format", "mxint8", "--layout", "quark", "--report", report.to_str().unwrap()];
+    fails(&args, &["--layout quark"]);
+    assert_eq!(names(root.path()), ["tiny"]);
+}
+
+#[test]
+fn a_dry_run_checks_the_output() {
+    let root = tempfile::tempdir().unwrap();
+    let model = &tiny(root.path());
+    let out = root.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("thesis.tex"), "mine").unwrap();
+    let args = [model, "--format", "mxfp4", "--dry-run", "-o", out.to_str().unwrap()];
+    fails(&args, &["out", "--force"]);
+    fails(&[&args[..], &["--force"]].concat(), &["out", "thesis.tex"]);
 }

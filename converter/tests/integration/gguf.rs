@@ -180,6 +180,16 @@ fn other_files_are_refused_by_name() {
     write_gguf(&gguf, &other, &tensors);
     assert!(refusal().contains("mamba"));
 
+    let mut unaligned = metadata("smollm");
+    unaligned.push(("general.alignment", Meta::U32(0)));
+    write_gguf(&gguf, &unaligned, &tensors);
+    assert!(refusal().contains("general.alignment is 0"));
+
+    let mut heads = metadata("smollm");
+    heads[4].1 = Meta::U32(3);
+    write_gguf(&gguf, &heads, &tensors);
+    assert!(refusal().contains("do not fit 3 heads"));
+
     let mut extra = tensors.clone();
     extra.push(Tensor::new("model.layers.0.mlp.gate_inp.weight", Dtype::F32, &[4, 64]));
     write_gguf(&gguf, &metadata("smollm"), &extra);

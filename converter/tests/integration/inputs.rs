@@ -157,6 +157,18 @@ fn values_that_are_not_numbers_are_named() {
         write_model(&model, &tiny_config(), &tensors, 1);
         let error = refusal(&model);
         assert!(error.contains(name) && error.contains("[5, 17]") && error.contains(text), "{error}");
+        assert!(error.contains("model.safetensors"), "{error}");
+
+        // Also in a tensor that is copied.
+        let mut tensors = tiny_llama(dtype);
+        let name = "model.layers.1.input_layernorm.weight";
+        let tensor = tensors.iter_mut().find(|t| t.name == name).unwrap();
+        tensor.bytes[33 * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
+        write_model(&model, &tiny_config(), &tensors, 2);
+        std::fs::remove_file(model.join("model.safetensors")).unwrap();
+        let error = refusal(&model);
+        assert!(error.contains(name) && error.contains("[33]") && error.contains(text), "{error}");
+        assert!(error.contains("model-00002-of-00002.safetensors"), "{error}");
     }
 }
 
@@ -202,7 +214,10 @@ fn sources_that_are_no_model_are_named() {
     assert!(refusal(&empty).contains("config.json"));
     std::fs::write(empty.join("config.json"), "{}").unwrap();
     assert!(refusal(&empty).contains("model.safetensors"));
-    std::fs::write(empty.join("config.json"), "{").unwrap();
+    for no_object in ["{", "[]", "5", "null"] {
+        std::fs::write(empty.join("config.json"), no_object).unwrap();
+        assert!(refusal(&empty).contains("config.json"));
+    }
     assert!(refusal(&empty).contains("config.json"));
     let file = root.path().join("file.gguf");
     std::fs::write(&file, "no GGUF").unwrap();

@@ -32,7 +32,7 @@ pub enum CheckpointError {
         /// What serde says, with line and column.
         error: serde_json::Error,
     },
-    /// A safetensors file, or the index, is truncated or corrupt.
+    /// A safetensors file, the index or `config.json` is truncated or corrupt.
     #[error("{}: {reason}", path.display())]
     Corrupt {
         /// The file.
@@ -48,7 +48,7 @@ pub enum CheckpointError {
         /// The tensor.
         tensor: String,
     },
-    /// A tensor does not have the dtype or shape it must have.
+    /// A tensor does not have the dtype, shape or values it must have.
     #[error("{}: tensor {tensor}: {reason}", path.display())]
     Tensor {
         /// The shard that holds it.

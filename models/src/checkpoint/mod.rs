@@ -23,12 +23,14 @@ pub use quantization::Quantization;
 pub use record::{
     ConversionRecord, RECORD_FILE, RecordedCast, RecordedRounding, RecordedScheme, RecordedSource,
 };
-pub use safetensors::Dtype as StoredDtype;
 pub use shards::{INDEX_FILE, SINGLE_FILE, TensorInfo};
 pub use tensor::{DenseTensor, LinearTensor, MxLinear};
 
 use record::RecordedSchemes;
 use shards::ShardSet;
+
+/// The scale byte that says that a whole block is NaN (OCP MX 1.0, E8M0).
+const E8M0_NAN: u8 = 0xFF;
 
 /// Shape and stored size of a quantized linear module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +58,11 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, truncated or corrupt, or `quantization_config` declares something other than MX.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let config = read_json(&dir.join("config.json"))?;
+        let path = dir.join("config.json");
+        let config = read_json(&path)?;
+        if !config.is_object() {
+            return Err(CheckpointError::Corrupt { path, reason: "is not a JSON object".to_owned() });
+        }
         let shards = ShardSet::open(dir)?;
         let quantization = Quantization::read(dir, &config)?;
         let recorded = RecordedSchemes::read(dir)?;
@@ -144,7 +150,8 @@ impl Checkpoint {
     /// The weight of `module`: `weight`, or `weight_packed`, and `weight_scale` where MX is declared.
     ///
     /// # Errors
-    /// A tensor is missing or does not have the declared format, or the module is packed but not declared.
+    /// A tensor is missing or does not have the declared format, a scale is NaN, or the module is packed but not
+    /// declared.
     pub fn linear(&self, module: &str) -> Result<LinearTensor, CheckpointError> {
         match self.scheme(module)? {
             Some(scheme) => self.mx_linear(module, scheme).map(LinearTensor::Mx),
@@ -175,6 +182,11 @@ impl Checkpoint {
                 error,
             }
         })?;
+        if let Some(block) = scale_bytes.iter().position(|scale| *scale == E8M0_NAN) {
+            let blocks = scale_bytes.len() / shape[0];
+            let reason = format!("the scale of row {}, block {} is NaN", block / blocks, block % blocks);
+            return Err(self.tensor_error(scales, reason));
+        }
         Ok(MxLinear { scheme, shape, codes: code_bytes, scales: scale_bytes })
     }
 

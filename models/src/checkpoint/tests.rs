@@ -100,12 +100,21 @@ fn a_packed_module_that_is_declared_unquantized_is_refused() {
 #[test]
 fn dense_tensors_convert_to_f32() {
     let dir = tempfile::tempdir().unwrap();
-    for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+    // Bytes that count up to 119 and begin anew: what the first values are follows from IEEE 754 and BF16.
+    let check = |dtype: Dtype, period: usize, expected: &[f32]| {
         write(dir.path(), &json!({}), ("weight", dtype, &[4, 64]), None);
         let LinearTensor::Dense(dense) = linear(dir.path()).unwrap() else { panic!("not dense") };
-        assert_eq!(dense.to_f32().len(), 256);
-        assert!(dense.to_f32()[1].is_finite());
-    }
+        let values = dense.to_f32();
+        assert_eq!(values.len(), 256);
+        assert_eq!(values[..expected.len()], *expected, "{dtype}");
+        assert_eq!(values[period], values[0], "{dtype}");
+    };
+    let power = |exponent: i32| 2_f32.powi(exponent);
+    // 0x0100, 0x0302: exponent fields 2 and 6.
+    check(Dtype::BF16, 60, &[power(-125), (1.0 + 2.0 / 128.0) * power(-121)]);
+    // 0x0100, 0x0302: subnormals of F16, in units of 2^-24.
+    check(Dtype::F16, 60, &[256.0 * power(-24), 770.0 * power(-24)]);
+    check(Dtype::F32, 30, &[f32::from_bits(0x0302_0100), f32::from_bits(0x0706_0504)]);
     write(dir.path(), &json!({}), ("weight", Dtype::I32, &[4, 64]), None);
     assert!(linear(dir.path()).unwrap_err().contains("I32"));
     write(dir.path(), &json!({}), ("weight", Dtype::BF16, &[256]), None);
@@ -147,6 +156,31 @@ fn hf_quant_config_is_read() {
                       "quantization": {"quant_algo": "MXFP8", "kv_cache_quant_algo": null, "exclude_modules": ["lm_head"]}});
     std::fs::write(dir.path().join("hf_quant_config.json"), file.to_string()).unwrap();
     assert_eq!(linear(dir.path()).unwrap().scheme(), Some("w8a8".parse().unwrap()));
+}
+
+#[test]
+fn configs_that_are_no_object_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for config in [json!([]), json!(5), json!(null)] {
+        write(dir.path(), &config, ("weight", Dtype::BF16, &[4, 64]), None);
+        assert!(linear(dir.path()).unwrap_err().contains("config.json: is not a JSON object"));
+    }
+}
+
+#[test]
+fn scales_that_are_nan_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(Dialect::OcpMx, "mxfp8");
+    write(dir.path(), &config, ("weight", Dtype::F8_E4M3, &[4, 64]), Some((Dtype::U8, &[4, 2])));
+    let path = dir.path().join(SINGLE_FILE);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start =
+        Checkpoint::open(dir.path()).unwrap().info(&format!("{MODULE}.weight_scale")).unwrap().offset();
+    bytes[usize::try_from(start).unwrap() + 5] = 0xFF;
+    std::fs::write(&path, bytes).unwrap();
+    let message = linear(dir.path()).unwrap_err();
+    assert!(message.contains(&format!("{MODULE}.weight_scale")), "{message}");
+    assert!(message.contains("row 2, block 1"), "{message}");
 }
 
 #[test]
