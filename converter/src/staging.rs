@@ -92,7 +92,7 @@ impl Staging {
         if let Err(reason) = check_contents(&self.partial) {
             return Err(match self.exchange() {
                 Ok(()) => self.refused(reason),
-                Err(_) => self.kept(reason, &self.partial.clone()),
+                Err(_) => self.kept(&reason, &self.partial.clone()),
             });
         }
         Ok(Some(self.partial.clone()))
@@ -122,7 +122,7 @@ impl Staging {
         match published {
             Ok(()) => Ok(moved.then_some(aside)),
             Err(error) if moved && std::fs::rename(&aside, &self.output).is_err() => {
-                Err(self.kept(error.to_string(), &aside))
+                Err(self.kept(&error.to_string(), &aside))
             }
             Err(error) => Err(error),
         }
@@ -133,7 +133,7 @@ impl Staging {
     }
 
     /// The error after which nothing is removed any more, since what lies at `at` is not ours.
-    fn kept(&mut self, reason: String, at: &Path) -> ConvertError {
+    fn kept(&mut self, reason: &str, at: &Path) -> ConvertError {
         self.lock = None;
         self.refused(format!("{reason}; what was there is now {}", at.display()))
     }
@@ -333,7 +333,7 @@ mod tests {
             match check_existing(&project, &source, true) {
                 Ok(()) => assert_eq!(expected, ""),
                 Err(error) => {
-                    assert!(!expected.is_empty() && error.to_string().contains(expected), "{error}")
+                    assert!(!expected.is_empty() && error.to_string().contains(expected), "{error}");
                 }
             }
         }
