@@ -1,8 +1,10 @@
 //! What handlers share.
 
+use std::num::NonZeroUsize;
 use std::sync::{Arc, OnceLock};
 
 use config::ServerConfig;
+use tokio::sync::Semaphore;
 
 use super::error::ApiError;
 use crate::model::ServedModel;
@@ -14,12 +16,15 @@ pub struct App {
     config: ServerConfig,
     telemetry: Arc<Telemetry>,
     model: OnceLock<Arc<ServedModel>>,
+    /// A permit per processor: more preparations at once would only hold more memory.
+    preparations: Semaphore,
 }
 
 impl App {
     /// A server whose model is still to come.
     pub fn new(config: ServerConfig, telemetry: Arc<Telemetry>) -> Self {
-        Self { config, telemetry, model: OnceLock::new() }
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self { config, telemetry, model: OnceLock::new(), preparations: Semaphore::new(processors) }
     }
 
     /// The model is loaded: from now on requests are taken. Only the first call has an effect.
@@ -40,6 +45,25 @@ impl App {
     /// The model, if it is loaded.
     pub fn loaded(&self) -> Option<&Arc<ServedModel>> {
         self.model.get()
+    }
+
+    /// Runs work that takes the processor for long (a large body to parse, a long text to tokenize) where it holds up
+    /// no other request, when it is its turn.
+    ///
+    /// # Errors
+    /// The work's own, or it panicked.
+    pub(super) async fn off_the_reactor<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let failed = |e: &dyn std::fmt::Display| {
+            Err(ApiError::Internal(format!("a request's preparation failed: {e}")))
+        };
+        let _permit = match self.preparations.acquire().await {
+            Ok(permit) => permit,
+            Err(closed) => return failed(&closed),
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| failed(&e))
     }
 
     /// The model.

@@ -128,7 +128,12 @@ pub(super) async fn chat(
 
     check_messages(&fields.messages)?;
     let (tokenizing, messages, truncate) = (Arc::clone(&model), fields.messages, plan.truncate_prompt);
-    let mut prompt = super::off_the_reactor(move || prompt_fields.prompt(&tokenizing, &messages)).await?;
+    let mut prompt = app
+        .off_the_reactor(move || {
+            let limited = truncate.is_none().then_some("messages");
+            prompt_fields.prompt(&tokenizing, &messages, limited)
+        })
+        .await?;
     prompt.drain(..truncate.map_or(0, |keep| prompt.len().saturating_sub(keep)));
 
     let id = format!("chatcmpl-{request_id}");

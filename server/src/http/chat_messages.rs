@@ -19,11 +19,13 @@ pub(super) struct ChatPromptFields {
 }
 
 impl ChatPromptFields {
-    /// Token ids of the rendered messages.
+    /// Token ids of the rendered messages. With `limited`, a text that cannot fit into the context is refused before
+    /// it is tokenized, and that field is blamed.
     pub(super) fn prompt(
         self,
         model: &ServedModel,
         messages: &[Map<String, Value>],
+        limited: Option<&'static str>,
     ) -> Result<Vec<u32>, ApiError> {
         let continue_final_message = self.continue_final_message.unwrap_or(false);
         if continue_final_message && self.add_generation_prompt == Some(true) {
@@ -42,6 +44,9 @@ impl ChatPromptFields {
         let text = template
             .render(messages, &options)
             .map_err(|error| ApiError::field("messages", error.to_string()))?;
+        if let Some(field) = limited {
+            model.require_possible(field, &text)?;
+        }
         // The template has put the special tokens there as text.
         let ids = model.encode("messages", &text, self.add_special_tokens.unwrap_or(false))?.ids;
         if ids.is_empty() {

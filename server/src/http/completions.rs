@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use futures::stream;
 use kernels::TokenLogprobs;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::App;
 use super::check::{self, require};
@@ -30,7 +31,6 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 #[derive(Debug, Deserialize)]
 struct CompletionFields {
     model: Option<String>,
-    prompt: serde_json::Value,
     #[serde(default, deserialize_with = "super::integer::optional")]
     max_tokens: Option<usize>,
     echo: Option<bool>,
@@ -71,7 +71,7 @@ struct Choice {
 pub(super) async fn complete(
     State(app): State<Arc<App>>,
     request_id: RequestId,
-    body: JsonBody,
+    mut body: JsonBody,
 ) -> Result<Response, ApiError> {
     let model = Arc::clone(app.model()?);
     let fields: CompletionFields = body.read()?;
@@ -80,7 +80,8 @@ pub(super) async fn complete(
     let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
     let streaming = body.read::<StreamFields>()?.plan()?;
-    let completion = Completion::prepare(&model, &fields, plan, streaming).await?;
+    let prompt = body.take("prompt");
+    let completion = Completion::prepare(&app, &model, &fields, prompt, plan, streaming).await?;
     let id = format!("cmpl-{request_id}");
     let requests = completion.requests(&id)?;
     let generation =
@@ -104,8 +105,10 @@ struct Completion {
 
 impl Completion {
     async fn prepare(
+        app: &App,
         model: &Arc<ServedModel>,
         fields: &CompletionFields,
+        prompt: Value,
         plan: SamplingPlan,
         streaming: Option<Streaming>,
     ) -> Result<Self, ApiError> {
@@ -120,12 +123,13 @@ impl Completion {
             truncate: plan.truncate_prompt,
             echo,
         };
-        let given = parse_prompts(&fields.prompt)?;
         let tokenizing = Arc::clone(model);
-        let prompts = super::off_the_reactor(move || {
-            given.into_iter().map(|prompt| prompt.prepare(&tokenizing, options)).collect::<Result<_, _>>()
-        })
-        .await?;
+        let prompts = app
+            .off_the_reactor(move || {
+                let given = parse_prompts(prompt, tokenizing.longest_prompt(options.truncate))?;
+                given.into_iter().map(|prompt| prompt.prepare(&tokenizing, options)).collect::<Result<_, _>>()
+            })
+            .await?;
         Ok(Self { model: Arc::clone(model), prompts, plan, max_tokens, echo, logprobs })
     }
 

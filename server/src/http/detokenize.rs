@@ -31,7 +31,7 @@ pub(super) async fn detokenize(
     let fields: DetokenizeFields = body.read()?;
     model.resolve_name(fields.model.as_deref())?;
     require_in_vocabulary("tokens", &fields.tokens, model.vocab_size())?;
-    super::off_the_reactor(move || {
+    app.off_the_reactor(move || {
         let prompt = model.tokenizer()?.decode(&fields.tokens, false);
         Ok(Json(DetokenizeResponse { prompt }))
     })

@@ -43,6 +43,11 @@ impl JsonBody {
         })
     }
 
+    /// Takes a field out that may be large; `null` when it is not there.
+    pub(super) fn take(&mut self, field: &str) -> Value {
+        self.0.get_mut(field).map(Value::take).unwrap_or_default()
+    }
+
     /// One field.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
         self.0.get(field)
@@ -69,7 +74,7 @@ impl FromRequest<Arc<App>> for JsonBody {
                 _ => ApiError::BadRequest { message, param: None },
             }
         })?;
-        Self::from_bytes(&bytes)
+        app.off_the_reactor(move || Self::from_bytes(&bytes)).await
     }
 }
 

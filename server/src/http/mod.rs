@@ -17,6 +17,7 @@ mod logprobs;
 mod metrics;
 mod models;
 mod prompt;
+mod render;
 mod request_id;
 mod sampling;
 mod served;
@@ -47,6 +48,8 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::complete))
         .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions/render", post(render::completions))
+        .route("/v1/chat/completions/render", post(render::chat))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))
@@ -96,12 +99,4 @@ fn cors(origins: &[String]) -> CorsLayer {
 /// Seconds since 1970.
 fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// Runs work that takes the processor for long (a long text to tokenize) where it holds up no other request.
-async fn off_the_reactor<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    let result = tokio::task::spawn_blocking(work).await;
-    result.unwrap_or_else(|e| Err(ApiError::Internal(format!("a request's preparation failed: {e}"))))
 }

@@ -40,33 +40,40 @@ pub(super) struct PromptOptions {
     pub(super) echo: bool,
 }
 
-/// All four forms: a string, strings, token ids, lists of token ids.
-pub(super) fn parse_prompts(value: &Value) -> Result<Vec<PromptField>, ApiError> {
+/// All four forms: a string, strings, token ids, lists of token ids. More than `most` ids are refused unread.
+pub(super) fn parse_prompts(value: Value, most: usize) -> Result<Vec<PromptField>, ApiError> {
     let wrong = || {
         let message =
             "prompt must be a string, a list of strings, a list of token ids, or a list of such lists";
         ApiError::field(FIELD, message)
     };
     match value {
-        Value::String(text) => Ok(vec![PromptField::Text(text.clone())]),
+        Value::Null => Err(ApiError::field(FIELD, "prompt is needed")),
+        Value::String(text) => Ok(vec![PromptField::Text(text)]),
         Value::Array(items) if items.is_empty() => Err(ApiError::field(FIELD, "prompt must not be empty")),
-        Value::Array(items) if items[0].is_number() => Ok(vec![PromptField::Ids(token_ids(items, FIELD)?)]),
-        Value::Array(items) => items
-            .iter()
-            .enumerate()
-            .map(|(index, item)| match item {
-                Value::String(text) if items[0].is_string() => Ok(PromptField::Text(text.clone())),
-                Value::Array(ids) if items[0].is_array() => {
-                    token_ids(ids, &format!("{FIELD}[{index}]")).map(PromptField::Ids)
+        Value::Array(items) if items[0].is_number() => {
+            Ok(vec![PromptField::Ids(token_ids(&items, FIELD, most)?)])
+        }
+        Value::Array(items) => {
+            let (texts, lists) = (items[0].is_string(), items[0].is_array());
+            let prompt = |(index, item)| match item {
+                Value::String(text) if texts => Ok(PromptField::Text(text)),
+                Value::Array(ids) if lists => {
+                    token_ids(&ids, &format!("{FIELD}[{index}]"), most).map(PromptField::Ids)
                 }
                 _ => Err(wrong()),
-            })
-            .collect(),
+            };
+            items.into_iter().enumerate().map(prompt).collect()
+        }
         _ => Err(wrong()),
     }
 }
 
-fn token_ids(items: &[Value], field: &str) -> Result<Vec<u32>, ApiError> {
+fn token_ids(items: &[Value], field: &str, most: usize) -> Result<Vec<u32>, ApiError> {
+    if items.len() > most {
+        let message = format!("{field} has {} tokens; this model's context holds {most}", items.len());
+        return Err(ApiError::field(FIELD, message));
+    }
     let id = |(index, item): (usize, &Value)| {
         item.as_u64()
             .and_then(|id| u32::try_from(id).ok())
@@ -79,7 +86,12 @@ impl PromptField {
     /// Tokenizes and checks.
     pub(super) fn prepare(self, model: &ServedModel, options: PromptOptions) -> Result<Prompt, ApiError> {
         let (mut encoded, text) = match self {
-            Self::Text(text) => (model.encode(FIELD, &text, options.add_special_tokens)?, Some(text)),
+            Self::Text(text) => {
+                if options.truncate.is_none() {
+                    model.require_possible(FIELD, &text)?;
+                }
+                (model.encode(FIELD, &text, options.add_special_tokens)?, Some(text))
+            }
             Self::Ids(ids) => {
                 require_in_vocabulary(FIELD, &ids, model.vocab_size())?;
                 (Encoded { added: vec![false; ids.len()], ids }, None)
@@ -127,13 +139,17 @@ mod tests {
 
     use super::*;
 
+    fn parse(value: Value) -> Result<Vec<PromptField>, ApiError> {
+        parse_prompts(value, 2)
+    }
+
     #[test]
     fn all_four_forms() {
         let text = |s: &str| PromptField::Text(s.to_owned());
-        assert_eq!(parse_prompts(&json!("a")).unwrap(), [text("a")]);
-        assert_eq!(parse_prompts(&json!(["a", "b"])).unwrap(), [text("a"), text("b")]);
-        assert_eq!(parse_prompts(&json!([1, 2])).unwrap(), [PromptField::Ids(vec![1, 2])]);
-        let lists = parse_prompts(&json!([[1, 2], [3]])).unwrap();
+        assert_eq!(parse(json!("a")).unwrap(), [text("a")]);
+        assert_eq!(parse(json!(["a", "b"])).unwrap(), [text("a"), text("b")]);
+        assert_eq!(parse(json!([1, 2])).unwrap(), [PromptField::Ids(vec![1, 2])]);
+        let lists = parse(json!([[1, 2], [3]])).unwrap();
         assert_eq!(lists, [PromptField::Ids(vec![1, 2]), PromptField::Ids(vec![3])]);
     }
 
@@ -152,9 +168,11 @@ mod tests {
             json!([1.5]),
             json!([4294967296u64]),
             json!([null]),
+            json!([1, 2, 3]),
+            json!([[1], [1, 2, 3]]),
         ];
         for value in cases {
-            let error = parse_prompts(&value).unwrap_err();
+            let error = parse(value.clone()).unwrap_err();
             assert!(
                 matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == "prompt"),
                 "{value}: {error:?}"

@@ -59,6 +59,28 @@ impl ServedModel {
         })
     }
 
+    /// Most token ids that a prompt may be sent with: one that is truncated may be of any length.
+    pub(super) fn longest_prompt(&self, truncate: Option<usize>) -> usize {
+        if truncate.is_some() { usize::MAX } else { self.max_model_len() }
+    }
+
+    /// Refuses, without tokenizing it, a text that would not fit even if it were spelled with the longest tokens.
+    pub(super) fn require_possible(&self, field: &'static str, text: &str) -> Result<(), ApiError> {
+        let Some(longest) = self.tokenizer.as_ref().map(Tokenizer::longest_token_bytes) else {
+            return Ok(());
+        };
+        let most = self.max_model_len().saturating_mul(longest);
+        if text.len() <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{field}: a text of {} bytes cannot fit into this model's context of {} tokens",
+            text.len(),
+            self.max_model_len()
+        );
+        Err(ApiError::field(field, message))
+    }
+
     /// Token ids of the text in `field`.
     pub(super) fn encode(
         &self,

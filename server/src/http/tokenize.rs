@@ -42,14 +42,14 @@ pub(super) async fn tokenize(
     model.resolve_name(fields.model.as_deref())?;
     unsupported::check_tokenize(&body)?;
     let chat: ChatPromptFields = body.read()?;
-    super::off_the_reactor(move || {
+    app.off_the_reactor(move || {
         let tokens = match (fields.prompt, fields.messages) {
             (Some(text), None) => {
                 model.encode("prompt", &text, fields.add_special_tokens.unwrap_or(true))?.ids
             }
             (None, Some(messages)) => {
                 check_messages(&messages)?;
-                chat.prompt(&model, &messages)?
+                chat.prompt(&model, &messages, None)?
             }
             _ => return Err(ApiError::field("prompt", "either prompt or messages is needed")),
         };

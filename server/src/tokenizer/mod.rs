@@ -51,6 +51,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     config: Map<String, Value>,
     alphabet: Alphabet,
+    longest_token_bytes: usize,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -74,7 +75,14 @@ impl Tokenizer {
         inner.with_padding(None);
         let alphabet = Alphabet::of(&inner);
         let config = read_json_object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
-        Ok(Some(Self { inner, config, alphabet }))
+        // A spelling is at least as long as what it stands for. Where text without a token becomes an unknown token,
+        // that one stands for text of any length.
+        let spelled = |id| inner.id_to_token(id).map(|token| token.len());
+        let longest_token_bytes = match alphabet {
+            Alphabet::Other => usize::MAX,
+            _ => (0..inner.get_vocab_size(true) as u32).filter_map(spelled).max().unwrap_or(0),
+        };
+        Ok(Some(Self { inner, config, alphabet, longest_token_bytes }))
     }
 
     /// `tokenizer_config.json`; empty when the model has none.
@@ -95,6 +103,11 @@ impl Tokenizer {
                 key.ends_with("_token") && (value.is_null() || token_text(value).is_some())
             })
             .map(|(key, value)| (key.as_str(), token_text(value)))
+    }
+
+    /// No token stands for more bytes of text.
+    pub fn longest_token_bytes(&self) -> usize {
+        self.longest_token_bytes
     }
 
     /// Number of tokens that have a text, special ones included.

@@ -23,6 +23,8 @@ async fn the_template_makes_the_prompt() {
     assert_eq!(prompt["prompt"], "<|im_start|>user\nWhat is a Vec?<|im_end|>\n<|im_start|>assistant\n");
     let tokens = server.ok("/tokenize", &chat(json!({}))).await;
     assert_eq!(tokens["tokens"], answer["prompt_token_ids"]);
+    let rendered = server.ok("/v1/chat/completions/render", &chat(json!({}))).await;
+    assert_eq!(rendered["token_ids"], answer["prompt_token_ids"]);
     let message = &answer["choices"][0]["message"];
     assert_eq!(message["role"], "assistant");
     let completed = server

@@ -30,6 +30,19 @@ async fn the_engine_alone_decides_which_token_ends() {
 }
 
 #[tokio::test]
+async fn prompts_can_be_rendered_alone() {
+    let server = TestServer::start().await;
+    let rendered = server.ok("/v1/completions/render", &json!({"prompt": ["a", "a vector"]})).await;
+    for (index, text) in ["a", "a vector"].iter().enumerate() {
+        let tokens = server.ok("/tokenize", &json!({"prompt": text})).await;
+        assert_eq!(rendered[index]["token_ids"], tokens["tokens"]);
+    }
+    let rendered =
+        server.ok("/v1/completions/render", &json!({"prompt": [5, 6, 7], "truncate_prompt_tokens": 2})).await;
+    assert_eq!(rendered[0]["token_ids"], json!([6, 7]));
+}
+
+#[tokio::test]
 async fn each_list_has_as_many_alternatives_as_it_was_asked_for() {
     let server = TestServer::start().await;
     let body = json!({"prompt": "a vector of", "max_tokens": 1, "logprobs": 1, "prompt_logprobs": 3, "echo": true,

@@ -106,6 +106,21 @@ async fn what_is_wrong_with_a_request_is_told_and_named() {
 }
 
 #[tokio::test]
+async fn what_cannot_fit_is_refused_and_what_is_truncated_is_not() {
+    let server = TestServer::start().await;
+    let too_long = "a".repeat(1 << 20);
+    let ids = vec![5; 100_000];
+    for prompt in [json!(too_long), json!(["a", too_long]), json!(ids), json!([[5], ids])] {
+        let (status, error) = server.post(COMPLETIONS, &json!({"prompt": prompt, "max_tokens": 1})).await;
+        assert_eq!((status.as_u16(), &error["error"]["param"]), (400, &json!("prompt")));
+        server.complete(json!({"prompt": prompt, "max_tokens": 1, "truncate_prompt_tokens": 4})).await;
+    }
+    let prompts = vec!["a"; 5000];
+    let (status, error) = server.post(COMPLETIONS, &json!({"prompt": prompts, "max_tokens": 1})).await;
+    assert_eq!((status.as_u16(), &error["error"]["param"]), (400, &json!("prompt")));
+}
+
+#[tokio::test]
 async fn unknown_fields_are_accepted() {
     let server = TestServer::start().await;
     let body = json!({"prompt": "a", "max_tokens": 1.0, "no_stop_trim": true, "separate_reasoning": false,

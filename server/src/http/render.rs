@@ -1,0 +1,89 @@
+//! `POST /v1/completions/render`, `/v1/chat/completions/render`: the prompt's token ids, and nothing generated. Routers
+//! that know which server has which prefix cached ask for them.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::App;
+use super::chat_messages::{ChatPromptFields, check_messages};
+use super::error::ApiError;
+use super::json::JsonBody;
+use super::prompt::{PromptOptions, parse_prompts};
+use super::request_id::RequestId;
+use super::sampling::SamplingFields;
+use super::unsupported;
+
+/// The fields that matter here; all others are those of the endpoint that generates.
+#[derive(Debug, Deserialize)]
+struct RenderFields {
+    model: Option<String>,
+    add_special_tokens: Option<bool>,
+    request_id: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Messages {
+    messages: Vec<Map<String, Value>>,
+}
+
+/// A prompt as the engine would get it.
+#[derive(Debug, Serialize)]
+pub(super) struct Rendered {
+    request_id: String,
+    model: String,
+    token_ids: Vec<u32>,
+}
+
+/// `POST /v1/completions/render`: an entry per prompt.
+pub(super) async fn completions(
+    State(app): State<Arc<App>>,
+    request_id: RequestId,
+    mut body: JsonBody,
+) -> Result<Json<Vec<Rendered>>, ApiError> {
+    let model = Arc::clone(app.model()?);
+    let fields: RenderFields = body.read()?;
+    request_id.adopt(fields.request_id.as_deref());
+    unsupported::check_completion(&body)?;
+    let name = model.resolve_name(fields.model.as_deref())?.to_owned();
+    let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
+    let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
+    let options = PromptOptions { add_special_tokens, truncate, echo: false };
+    let prompt = body.take("prompt");
+    app.off_the_reactor(move || {
+        let given = parse_prompts(prompt, model.longest_prompt(truncate))?;
+        let rendered = given.into_iter().enumerate().map(|(index, prompt)| {
+            let token_ids = prompt.prepare(&model, options)?.ids;
+            Ok(Rendered { request_id: format!("cmpl-{request_id}-{index}"), model: name.clone(), token_ids })
+        });
+        rendered.collect::<Result<_, _>>().map(Json)
+    })
+    .await
+}
+
+/// `POST /v1/chat/completions/render`.
+pub(super) async fn chat(
+    State(app): State<Arc<App>>,
+    request_id: RequestId,
+    body: JsonBody,
+) -> Result<Json<Rendered>, ApiError> {
+    let model = Arc::clone(app.model()?);
+    let fields: RenderFields = body.read()?;
+    request_id.adopt(fields.request_id.as_deref());
+    let Messages { messages } = body.read()?;
+    unsupported::check_chat(&body)?;
+    let name = model.resolve_name(fields.model.as_deref())?.to_owned();
+    let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
+    let prompt: ChatPromptFields = body.read()?;
+    check_messages(&messages)?;
+    app.off_the_reactor(move || {
+        let limited = truncate.is_none().then_some("messages");
+        let mut token_ids = prompt.prompt(&model, &messages, limited)?;
+        token_ids.drain(..truncate.map_or(0, |keep| token_ids.len().saturating_sub(keep)));
+        Ok(Json(Rendered { request_id: format!("chatcmpl-{request_id}"), model: name, token_ids }))
+    })
+    .await
+}
