@@ -1,6 +1,6 @@
 //! Packs BF16, F16 and F32 checkpoints (Hugging Face folders, llama GGUF files) into Microscaling formats.
 //!
-//! [`plan`] decides, as a pure function, what happens to each tensor; [`convert`] streams the tensors through a
+//! [`plan`] decides, as a pure function, what happens to each tensor; [`convert()`] streams the tensors through a
 //! [`quantize::Quantizer`] into a folder that appears when it is complete. Memory does not grow with the model:
 //! worker threads hold a few MiB each (for GGUF: one dequantized tensor each).
 

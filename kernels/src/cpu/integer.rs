@@ -173,6 +173,7 @@ impl Problem<'_> {
 
     #[inline(always)]
     unsafe fn table(&self) -> __m512i {
+        // SAFETY: this function's conditions.
         unsafe { _mm512_loadu_si512(self.codec.weights.as_ptr().cast()) }
     }
 
@@ -189,11 +190,13 @@ impl Problem<'_> {
     /// Four activations of token `t`, in every lane.
     #[inline(always)]
     unsafe fn activations(&self, t: usize, k: usize) -> __m512i {
+        // SAFETY: this function's conditions.
         unsafe { _mm512_set1_epi32(self.x.bytes.add(t * self.x.cols + k).cast::<i32>().read_unaligned()) }
     }
 
     #[inline(always)]
     unsafe fn start(&self, t: usize, b: usize) -> __m512i {
+        // SAFETY: this function's conditions.
         unsafe { _mm512_set1_epi32(*self.x.starts.get_unchecked(t * self.x.blocks + b)) }
     }
 

@@ -1,7 +1,7 @@
 //! The engine: continuous batching over one model, on a thread of its own.
 //!
-//! [`EngineHandle`] is the outside: requests in, [`TokenEvent`]s out, from any thread. Inside, [`Engine::step`] is all
-//! there is: [`Scheduler`](scheduler::Scheduler) decides who runs, [`ModelRunner`](runner::ModelRunner) computes it,
+//! `EngineHandle` is the outside: requests in, `TokenEvent`s out, from any thread. Inside, `Engine::step` is all
+//! there is: `Scheduler` decides who runs, `ModelRunner` computes it,
 //! the scheduler takes note, clients hear of it. Device handles never leave the engine's thread.
 
 mod block_manager;
