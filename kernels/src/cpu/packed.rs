@@ -21,7 +21,7 @@
 use super::integer::IntegerCodec;
 use super::memory::AlignedBytes;
 use super::pool::{DisjointSlices, Pool};
-use super::simd::{HalfFields, LANES};
+use super::simd::{HalfFields, LANES, half_bits};
 use crate::backend::{DenseDtype, WeightSource};
 use crate::mx::{E8m0, ElementType, MxFormat, Specials, unpack};
 
@@ -172,9 +172,7 @@ impl PackedWeight {
                         if code & 32 == 0 { magnitude } else { -magnitude }
                     }
                     Storage::Fp8(fields) => {
-                        let code = u16::from(bytes[k * LANES + lane]);
-                        let sign = code >> 7;
-                        let half = sign << 15 | (code & 0x7F) << fields.shift;
+                        let half = half_bits(bytes[k * LANES + lane].into(), *fields);
                         half::f16::from_bits(half).to_f32() * fields.factor * scale()
                     }
                     Storage::Int8 { fraction_bits } => {

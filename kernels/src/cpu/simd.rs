@@ -228,8 +228,9 @@ impl Portable {
     }
 }
 
+/// Bits of the IEEE half that holds `code`'s fields.
 #[inline(always)]
-fn half_bits(code: u16, fields: HalfFields) -> u16 {
+pub(crate) fn half_bits(code: u16, fields: HalfFields) -> u16 {
     let sign = (code >> (fields.bits - 1)) & 1;
     let magnitude = code & ((1 << (fields.bits - 1)) - 1);
     sign << 15 | magnitude << fields.shift
