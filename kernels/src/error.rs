@@ -13,6 +13,14 @@ pub enum Error {
         /// Device that refused.
         device: String,
     },
+    /// The device cannot be used at all.
+    #[error("{device} is not available: {why}")]
+    Unavailable {
+        /// The device asked for.
+        device: String,
+        /// What is missing.
+        why: String,
+    },
     /// The device has no kernel for what was asked.
     #[error("{device} cannot run {what}")]
     Unsupported {

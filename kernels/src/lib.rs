@@ -5,6 +5,8 @@
 mod backend;
 mod buffer;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 pub mod mx;
 pub mod reference;
