@@ -69,7 +69,7 @@ pub(super) fn format_name(element: ElementType) -> Option<&'static str> {
 
 /// Reads `quantization_config`.
 pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
-    let config: Config = parse("config_groups", declared)?;
+    let config: Config = parse("", declared)?;
     refuse_unless_empty("kv_cache_scheme", config.kv_cache_scheme.as_ref(), "a quantized KV cache")?;
     let transforms = config.transform_config.as_ref().and_then(|t| t.get("config_groups"));
     refuse_unless_empty("transform_config", transforms, "a transform at run time")?;

@@ -46,9 +46,10 @@ impl Refusal {
         Self { field: field.into(), reason: reason.into() }
     }
 
-    /// The same, inside `parent`.
+    /// The same, inside `parent`; an empty name is the object itself.
     fn within(self, parent: &str) -> Self {
-        Self { field: format!("{parent}.{}", self.field), ..self }
+        let dot = if parent.is_empty() || self.field.is_empty() { "" } else { "." };
+        Self { field: format!("{parent}{dot}{}", self.field), ..self }
     }
 }
 

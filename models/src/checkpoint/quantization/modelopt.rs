@@ -33,7 +33,7 @@ struct HfQuantConfig {
 
 /// Reads `quantization_config` of `config.json`.
 pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
-    let config: Config = parse("quant_algo", declared)?;
+    let config: Config = parse("", declared)?;
     match config.quant_algo.as_deref() {
         Some("MXFP8" | "mxfp8") => {}
         other => {
@@ -59,6 +59,6 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
 
 /// Reads `hf_quant_config.json`.
 pub(super) fn read_file(declared: &Value) -> Result<Quantization, Refusal> {
-    let file: HfQuantConfig = parse("quantization", declared)?;
+    let file: HfQuantConfig = parse("", declared)?;
     read(&file.quantization).map_err(|refusal| refusal.within("quantization"))
 }

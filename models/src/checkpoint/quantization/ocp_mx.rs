@@ -88,7 +88,7 @@ impl CastJson {
 
 /// Reads `quantization_config`.
 pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
-    let config: Config = parse(METHOD, declared)?;
+    let config: Config = parse("", declared)?;
     if config.version != VERSION {
         return Err(Refusal::new("version", format!("{} is not supported", config.version)));
     }

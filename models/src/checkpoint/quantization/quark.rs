@@ -79,7 +79,7 @@ pub(super) fn knows(element: ElementType) -> bool {
 
 /// Reads `quantization_config`.
 pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
-    let config: Config = parse("global_quant_config", declared)?;
+    let config: Config = parse("", declared)?;
     refuse_unless_empty(
         "layer_type_quant_config",
         config.layer_type_quant_config.as_ref(),

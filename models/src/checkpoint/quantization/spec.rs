@@ -25,9 +25,15 @@ pub(super) fn cast(element: ElementType, block: Block, rounding: Option<ScaleRou
     }
 }
 
-/// Deserializes `value`; what serde says becomes the reason.
-pub(super) fn parse<T: DeserializeOwned>(field: &str, value: &Value) -> Result<T, Refusal> {
-    T::deserialize(value).map_err(|e| Refusal::new(field, e.to_string()))
+/// Deserializes `value`, the field `at` (empty: the declaration itself). The innermost field that is not as it should
+/// be is blamed, with serde's words as the reason.
+pub(super) fn parse<T: DeserializeOwned>(at: &str, value: &Value) -> Result<T, Refusal> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        // Where serde knows no path, it says a dot.
+        let inner = if path == "." { "" } else { path.as_str() };
+        Refusal::new(inner, error.inner().to_string()).within(at)
+    })
 }
 
 /// Refuses a field that declares something: anything but absent, null, false, empty.

@@ -184,6 +184,23 @@ fn compressed_tensors_refuses_what_is_not_mx() {
 }
 
 #[test]
+fn the_innermost_malformed_field_is_blamed() {
+    let mut bits = ct_group("mxfp4-pack-quantized", 4);
+    bits["weights"]["num_bits"] = json!("four");
+    let message = refusal(&ct(&json!({"a": bits})));
+    assert!(message.starts_with("config_groups.a.weights.num_bits: invalid type"), "{message}");
+    let mut ignore = ct(&json!({"a": ct_group("mxfp4-pack-quantized", 4)}));
+    ignore["ignore"] = json!(["lm_head", 3]);
+    assert!(refusal(&ignore).starts_with("ignore[1]: invalid type"), "{}", refusal(&ignore));
+    let mut dtype = quark_tensor("fp4", false);
+    dtype["group_size"] = json!("32");
+    let message = refusal(&quark(&json!({"weight": dtype})));
+    assert!(message.starts_with("global_quant_config.weight.group_size: invalid type"), "{message}");
+    let message = refusal(&json!({"quant_method": "compressed-tensors"}));
+    assert!(message.contains("config_groups"), "{message}");
+}
+
+#[test]
 fn compression_config_is_the_same_under_its_older_name() {
     let config = json!({"compression_config": ct(&json!({"a": ct_group("mxfp4-pack-quantized", 4)}))});
     let read = Quantization::read(Path::new("."), &config).unwrap();
