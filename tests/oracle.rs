@@ -3,7 +3,7 @@
 use candle_core::{DType, Device as CandleDevice, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Config, Llama, LlamaEosToks};
-use kernels::{Device, Dtype};
+use kernels::{Device, KvCacheDtype};
 use models::checkpoint::Checkpoint;
 use models::{KvCache, StepInputs, StepSequence, Workspace};
 
@@ -45,7 +45,7 @@ fn our_logits(tokens: &[u32]) -> Vec<f32> {
     let config = model.config();
     let blocks: Vec<u32> = (0..16).collect();
     let mut step = StepInputs::new(&*backend, 256, 1, 16).expect("memory");
-    let mut kv = KvCache::new(&*backend, config, 16, Dtype::F32).expect("memory");
+    let mut kv = KvCache::new(&*backend, config, 16, KvCacheDtype::F32).expect("memory");
     let mut workspace = Workspace::new(&*backend, config, 256, 1).expect("memory");
     step.fill(&*backend, &[StepSequence { tokens, first_position: 0, block_table: &blocks }]);
     model.forward(&*backend, &step, &mut kv, &mut workspace);

@@ -6,9 +6,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kernels::KvCacheDtype;
+
 use crate::error::ConfigError;
 use crate::settings::Settings;
-use crate::values::{DeviceChoice, GenerationConfig, KvCacheDtype, LogFormat, LogLevel};
+use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel};
 
 /// The server's configuration: checked once, then trusted.
 #[derive(Clone, PartialEq)]

@@ -3,11 +3,12 @@
 use std::net::{AddrParseError, IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
+use kernels::KvCacheDtype;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ConfigError;
-use crate::values::{DeviceChoice, GenerationConfig, KvCacheDtype, LogFormat, LogLevel};
+use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, kv_cache_dtype};
 
 /// Every knob, as far as it was set. Names are vLLM's where it has the same knob.
 #[derive(Clone, Default, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -123,9 +124,15 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<usize>,
 
-    /// Element type of the KV cache [default: auto]
-    #[arg(long, env = "MXSERVE_KV_CACHE_DTYPE", help_heading = "Scheduler")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Element type of the KV cache; the MX types need heads of a multiple of 32 [default: auto, which is bf16]
+    #[arg(
+        long,
+        env = "MXSERVE_KV_CACHE_DTYPE",
+        value_name = "DTYPE",
+        value_parser = kv_cache_dtype::parser(),
+        help_heading = "Scheduler"
+    )]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "kv_cache_dtype")]
     pub kv_cache_dtype: Option<KvCacheDtype>,
 
     /// Size of the KV cache in bytes [default: for max_num_seqs sequences of 2048 tokens, at most 4 GiB]
@@ -252,6 +259,7 @@ mod tests {
             ("hosts = \"hush\"\n", "line 1: unknown field `hosts`"),
             ("api_key = [\"hush\"\n", "line "),
             ("host = \"hush\"\n", "line 1: host: "),
+            ("kv_cache_dtype = \"hush\"\n", "line 1: kv_cache_dtype: expected auto, bf16, "),
         ];
         for (text, start) in cases {
             std::fs::write(&path, text).unwrap();

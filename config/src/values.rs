@@ -16,21 +16,53 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Element type of the KV cache.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KvCacheDtype {
-    /// The device's own choice: BF16.
-    #[default]
-    Auto,
-    /// bfloat16, 2 bytes per element.
-    #[value(alias = "bfloat16")]
-    #[serde(alias = "bfloat16")]
-    Bf16,
-    /// 32-bit float, 4 bytes per element.
-    #[value(alias = "float32")]
-    #[serde(alias = "float32")]
-    F32,
+/// Names of [`KvCacheDtype`]: its own, `auto` for the default, and vLLM's for the floats.
+pub(crate) mod kv_cache_dtype {
+    use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+    use kernels::KvCacheDtype;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    fn named(name: &str) -> Option<KvCacheDtype> {
+        match name {
+            "auto" => Some(KvCacheDtype::default()),
+            "bfloat16" => Some(KvCacheDtype::Bf16),
+            "float32" => Some(KvCacheDtype::F32),
+            name => name.parse().ok(),
+        }
+    }
+
+    /// Of a flag or an environment variable.
+    pub(crate) fn parser() -> impl TypedValueParser<Value = KvCacheDtype> {
+        let names = KvCacheDtype::ALL.map(|dtype| match dtype {
+            KvCacheDtype::Bf16 => PossibleValue::new("bf16").alias("bfloat16"),
+            KvCacheDtype::F32 => PossibleValue::new("f32").alias("float32"),
+            dtype => PossibleValue::new(dtype.name()),
+        });
+        PossibleValuesParser::new(std::iter::once(PossibleValue::new("auto")).chain(names))
+            .try_map(|name| named(&name).ok_or("no KV cache dtype"))
+    }
+
+    pub(crate) fn serialize<S: Serializer>(
+        dtype: &Option<KvCacheDtype>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match dtype {
+            Some(dtype) => serializer.serialize_str(dtype.name()),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    /// Of the file; an error does not repeat its text.
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<KvCacheDtype>, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let known = || {
+            let names = KvCacheDtype::ALL.map(KvCacheDtype::name).join(", ");
+            D::Error::custom(format!("expected auto, {names}"))
+        };
+        named(&name).ok_or_else(known).map(Some)
+    }
 }
 
 /// Where the defaults of the sampling parameters come from.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
+use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, MxTensor, ScaleRounding, Scheme};
 use crate::weight::Weight;
 
@@ -116,6 +117,8 @@ pub struct PagedKv {
     pub v: Buffer,
     /// Number of blocks.
     pub blocks: usize,
+    /// How keys and values are stored.
+    pub dtype: KvCacheDtype,
 }
 
 /// Which rows of a step belong to which sequence, and where their keys and values are.
@@ -213,14 +216,20 @@ pub trait Backend {
     /// Out of memory, or a format this device cannot run.
     fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight>;
 
-    /// One layer's KV cache of `blocks` blocks; `dtype` is BF16 or F32.
+    /// The name of the kernel that executes attention over a cache of `dtype`: `cpu_avx512bf16_mxfp8`.
+    fn attention_kernel(&self, dtype: KvCacheDtype) -> String;
+
+    /// One layer's KV cache of `blocks` blocks.
     ///
     /// # Errors
-    /// Out of memory, or a dtype this device has no attention kernel for.
-    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: Dtype) -> Result<PagedKv>;
+    /// Out of memory, or what [`kv_block_bytes`](Self::kv_block_bytes) refuses.
+    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: KvCacheDtype) -> Result<PagedKv>;
 
-    /// Bytes of one block of a layer's KV cache.
-    fn kv_block_bytes(&self, heads: Heads, dtype: Dtype) -> usize;
+    /// Bytes of one block of a layer's KV cache, scales included.
+    ///
+    /// # Errors
+    /// The device has no attention kernel for `dtype`, or the head dimension is not a multiple of an MX block.
+    fn kv_block_bytes(&self, heads: Heads, dtype: KvCacheDtype) -> Result<usize>;
 
     /// Copies `values` to `buffer[offset..]`, converting to its float dtype.
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]);

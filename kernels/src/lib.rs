@@ -8,6 +8,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod kv_cache_dtype;
 pub mod mx;
 pub mod reference;
 mod weight;
@@ -18,4 +19,5 @@ pub use backend::{
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
 pub use error::{Error, Result};
+pub use kv_cache_dtype::KvCacheDtype;
 pub use weight::Weight;

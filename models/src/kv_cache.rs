@@ -1,6 +1,6 @@
 //! The paged KV cache of all layers.
 
-use kernels::{Backend, Dtype, PagedKv};
+use kernels::{Backend, KvCacheDtype, PagedKv};
 
 use crate::ModelConfig;
 
@@ -12,15 +12,15 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Allocates `blocks` blocks for each layer; `dtype` is BF16 or F32.
+    /// Allocates `blocks` blocks for each layer.
     ///
     /// # Errors
-    /// Out of memory, or a dtype that the device has no attention kernel for.
+    /// Out of memory, or a dtype that the device cannot store these heads in.
     pub fn new(
         backend: &dyn Backend,
         config: &ModelConfig,
         blocks: usize,
-        dtype: Dtype,
+        dtype: KvCacheDtype,
     ) -> kernels::Result<Self> {
         let layers = (0..config.num_layers)
             .map(|_| backend.alloc_kv(blocks, config.heads, dtype))
@@ -29,8 +29,15 @@ impl KvCache {
     }
 
     /// Bytes that one block takes in all layers together.
-    pub fn bytes_per_block(backend: &dyn Backend, config: &ModelConfig, dtype: Dtype) -> usize {
-        config.num_layers * backend.kv_block_bytes(config.heads, dtype)
+    ///
+    /// # Errors
+    /// A dtype that the device cannot store these heads in.
+    pub fn bytes_per_block(
+        backend: &dyn Backend,
+        config: &ModelConfig,
+        dtype: KvCacheDtype,
+    ) -> kernels::Result<usize> {
+        Ok(config.num_layers * backend.kv_block_bytes(config.heads, dtype)?)
     }
 
     /// The caches of the layers, in order.

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use config::{GenerationConfig as DefaultsFrom, KvCacheDtype as DtypeChoice, ServerConfig};
+use config::{GenerationConfig as DefaultsFrom, ServerConfig};
 use kernels::Device;
 use models::checkpoint::{Checkpoint, CheckpointError};
 use models::{ConfigError, GenerationConfig, ModelConfig, ModelError};
 
-use crate::engine::{EngineError, EngineHandle, EngineOptions, KvCacheDtype, KvCacheSize};
+use crate::engine::{EngineError, EngineHandle, EngineOptions, KvCacheSize};
 use crate::telemetry::{EngineMetrics, Telemetry};
 use crate::tokenizer::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 
@@ -136,11 +136,7 @@ fn engine_options(config: &ServerConfig) -> EngineOptions {
         max_num_batched_tokens: config.max_num_batched_tokens,
         max_num_queued_reqs: config.max_num_queued_reqs,
         kv_cache: config.kv_cache_memory_bytes.map_or(defaults.kv_cache, KvCacheSize::Bytes),
-        kv_cache_dtype: match config.kv_cache_dtype {
-            DtypeChoice::Auto => KvCacheDtype::Auto,
-            DtypeChoice::Bf16 => KvCacheDtype::Bf16,
-            DtypeChoice::F32 => KvCacheDtype::F32,
-        },
+        kv_cache_dtype: config.kv_cache_dtype,
     }
 }
 

@@ -7,7 +7,7 @@ use kernels::{Component, KV_BLOCK_TOKENS};
 
 use crate::engine::{EngineInfo, LinearKernel};
 use crate::model::ServedModel;
-use crate::telemetry::{Footprint, dtype_name};
+use crate::telemetry::Footprint;
 
 /// The table, with a line feed at its end.
 pub(crate) fn table(model: &ServedModel) -> String {
@@ -40,10 +40,13 @@ fn describe(out: &mut String, name: &str, info: &EngineInfo) -> std::fmt::Result
     }
     writeln!(
         out,
-        "kv cache {} tokens ({} blocks of {KV_BLOCK_TOKENS}, {}); sequences of up to {} tokens, {} at a time",
+        "kv cache {} tokens ({} blocks of {KV_BLOCK_TOKENS}) in {}, {:.2} bits/element, by {}; \
+         sequences of up to {} tokens, {} at a time",
         info.kv_blocks * KV_BLOCK_TOKENS,
         info.kv_blocks,
-        dtype_name(info.kv_cache_dtype),
+        info.kv_cache_dtype,
+        info.kv_cache_dtype.bits_per_element(),
+        info.attention_kernel,
         info.max_model_len,
         info.max_num_seqs,
     )
@@ -89,7 +92,7 @@ fn bytes(n: usize) -> String {
 mod tests {
     use std::sync::Arc;
 
-    use kernels::{Dtype, MemoryAccount};
+    use kernels::{KvCacheDtype, MemoryAccount};
     use models::LinearInfo;
 
     use super::*;
@@ -126,7 +129,8 @@ mod tests {
             max_model_len: 2048,
             max_num_seqs: 8,
             kv_blocks: 100,
-            kv_cache_dtype: Dtype::Bf16,
+            kv_cache_dtype: KvCacheDtype::Mxfp8,
+            attention_kernel: "cpu_mxfp8".to_owned(),
             backend: "cpu".to_owned(),
             linears: vec![linear("q_proj+k_proj+v_proj", Some("w4a6")), linear("lm_head", None)],
             parameters: 134_515_008,
@@ -140,5 +144,6 @@ mod tests {
         assert!(lines[2].contains("mxfp4:mxfp8_e4m3"), "{}", lines[2]);
         assert!(lines[3].contains("lm_head") && lines[3].contains("unquantized"), "{}", lines[3]);
         assert!(lines[6].contains("1600 tokens") && lines[6].contains("2048"), "{}", lines[6]);
+        assert!(lines[6].contains("in mxfp8, 8.25 bits/element, by cpu_mxfp8"), "{}", lines[6]);
     }
 }

@@ -30,6 +30,7 @@ use crate::backend::{
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
+use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Scheme, quantize_dequantize};
 use crate::weight::{Weight, WeightData};
 
@@ -93,6 +94,17 @@ impl CpuBackend {
             (0..rows).for_each(run);
         } else {
             self.state.borrow_mut().pool.run(rows, &|row, _| run(row));
+        }
+    }
+
+    fn kv_element(&self, dtype: KvCacheDtype) -> Result<Dtype> {
+        match dtype {
+            KvCacheDtype::Bf16 => Ok(Dtype::Bf16),
+            KvCacheDtype::F32 => Ok(Dtype::F32),
+            KvCacheDtype::Mxfp8 | KvCacheDtype::Mxint8 | KvCacheDtype::Mxfp4 => Err(Error::Unsupported {
+                what: format!("a KV cache in {dtype} (kv_cache_dtype)"),
+                device: self.description(),
+            }),
         }
     }
 
@@ -199,24 +211,24 @@ impl Backend for CpuBackend {
         })
     }
 
-    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: Dtype) -> Result<PagedKv> {
-        if dtype == Dtype::U32 {
-            return Err(Error::Unsupported {
-                what: format!("a KV cache of {dtype:?}"),
-                device: self.description(),
-            });
-        }
+    fn attention_kernel(&self, dtype: KvCacheDtype) -> String {
+        format!("cpu_{}_{dtype}", self.isa.name())
+    }
+
+    fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: KvCacheDtype) -> Result<PagedKv> {
+        let element = self.kv_element(dtype)?;
         let geometry = KvGeometry { heads };
         Ok(PagedKv {
-            k: self.alloc(dtype, blocks * geometry.k_block(), Component::KvCache)?,
-            v: self.alloc(dtype, blocks * geometry.v_block(), Component::KvCache)?,
+            k: self.alloc(element, blocks * geometry.k_block(), Component::KvCache)?,
+            v: self.alloc(element, blocks * geometry.v_block(), Component::KvCache)?,
             blocks,
+            dtype,
         })
     }
 
-    fn kv_block_bytes(&self, heads: Heads, dtype: Dtype) -> usize {
+    fn kv_block_bytes(&self, heads: Heads, dtype: KvCacheDtype) -> Result<usize> {
         let geometry = KvGeometry { heads };
-        (geometry.k_block() + geometry.v_block()) * dtype.size_bytes()
+        Ok((geometry.k_block() + geometry.v_block()) * self.kv_element(dtype)?.size_bytes())
     }
 
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {

@@ -295,12 +295,15 @@ fn packed_weights_take_the_bytes_of_their_format() {
 fn a_kv_block_takes_the_bytes_it_says() {
     let backend = CpuBackend::new(1);
     for dim in [24, 64] {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+        for dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
             let heads = Heads { q: 4, kv: 2, dim };
             let cache = backend.alloc_kv(5, heads, dtype).unwrap();
             let held = backend.memory().bytes(Component::KvCache);
-            assert_eq!(held, 5 * backend.kv_block_bytes(heads, dtype), "{dim} {dtype:?}");
-            assert_eq!(held, (cache.k.len() + cache.v.len()) * dtype.size_bytes());
+            assert_eq!(held, 5 * backend.kv_block_bytes(heads, dtype).unwrap(), "{dim} {dtype:?}");
+            assert_eq!(
+                held,
+                cache.k.len() * cache.k.dtype().size_bytes() + cache.v.len() * cache.v.dtype().size_bytes()
+            );
         }
     }
 }
@@ -342,7 +345,7 @@ fn row_operators_equal_their_definition() {
 fn run_attention(
     backend: &CpuBackend,
     heads: Heads,
-    dtype: Dtype,
+    dtype: KvCacheDtype,
     window: Option<usize>,
     qkv: &[&[f32]],
     chunk: usize,
@@ -424,13 +427,13 @@ fn attention_equals_its_definition_and_does_not_depend_on_chunks_or_neighbours()
     ] {
         let (a, b) = (Random(1).vec(53 * heads.qkv_width()), Random(2).vec(18 * heads.qkv_width()));
         for window in [None, Some(7), Some(16), Some(33)] {
-            for dtype in [Dtype::F32, Dtype::Bf16] {
+            for dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
                 let what = format!("{heads:?} window {window:?} {dtype:?}");
                 let expected = [expected_attention(heads, window, &a), expected_attention(heads, window, &b)];
                 let mut first: Option<Vec<Vec<f32>>> = None;
                 for backend in backends() {
                     let whole = run_attention(&backend, heads, dtype, window, &[&a, &b], 64);
-                    let tolerance = if dtype == Dtype::F32 { 2e-6 } else { 1e-2 };
+                    let tolerance = if dtype == KvCacheDtype::F32 { 2e-6 } else { 1e-2 };
                     assert_close(&whole[0], &expected[0], tolerance, &what);
                     assert_close(&whole[1], &expected[1], tolerance, &what);
                     let first = first.get_or_insert_with(|| whole.clone());

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kernels::{Backend, Device, Dtype, KV_BLOCK_TOKENS};
+use kernels::{Backend, Device, KV_BLOCK_TOKENS, KvCacheDtype};
 use models::checkpoint::Checkpoint;
 use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 use safetensors::SafeTensors;
@@ -73,7 +73,7 @@ pub(crate) struct Runner {
 const MAX_TOKENS: usize = 512;
 
 impl Runner {
-    pub(crate) fn load(dir: &Path, kv_dtype: Dtype, kv_blocks: usize) -> Self {
+    pub(crate) fn load(dir: &Path, kv_dtype: KvCacheDtype, kv_blocks: usize) -> Self {
         let backend = kernels::open(Device::Cpu { threads: 2 }).unwrap();
         let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{error}"));
         let model = models::load(&*backend, &checkpoint).unwrap_or_else(|error| panic!("{error}"));

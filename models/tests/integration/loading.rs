@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::common::{Golden, Runner, with_config};
-use kernels::{Component, Device, Dtype};
+use kernels::{Component, Device, KvCacheDtype};
 use models::checkpoint::Checkpoint;
 use serde_json::json;
 
@@ -69,7 +69,7 @@ fn parameters_and_bytes_are_counted() {
         ("qwen2_window", embed + norms + 2 * (attention(4, 2, 16) + mlp + (64 + 32 + 32))),
         ("qwen3", embed + norms + 2 * (attention(4, 2, 32) + mlp + 2 * 32)),
     ] {
-        let runner = Runner::load(&Golden::read(case).dir, Dtype::F32, 1);
+        let runner = Runner::load(&Golden::read(case).dir, KvCacheDtype::F32, 1);
         assert_eq!(runner.model.parameters(), parameters, "{case}");
         let linears = runner.model.linear_info();
         let groups: Vec<_> = linears.iter().map(|row| (row.group.as_str(), row.layers)).collect();
@@ -93,7 +93,7 @@ fn parameters_and_bytes_are_counted() {
 #[test]
 fn a_tied_head_is_held_once() {
     let unquantized = |case: &str| {
-        let runner = Runner::load(&Golden::read(case).dir, Dtype::F32, 1);
+        let runner = Runner::load(&Golden::read(case).dir, KvCacheDtype::F32, 1);
         runner.backend.memory().bytes(Component::Unquantized)
     };
     assert_eq!(unquantized("llama") - unquantized("llama_rope_linear"), 2 * 256 * 64, "the head, in BF16");
@@ -102,10 +102,10 @@ fn a_tied_head_is_held_once() {
 #[test]
 fn the_kv_cache_takes_the_bytes_it_says() {
     let dir = Golden::read("qwen3").dir;
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
         let runner = Runner::load(&dir, dtype, 5);
         let config = runner.model.config();
-        let per_block = models::KvCache::bytes_per_block(&*runner.backend, config, dtype);
+        let per_block = models::KvCache::bytes_per_block(&*runner.backend, config, dtype).unwrap();
         assert_eq!(runner.backend.memory().bytes(Component::KvCache), 5 * per_block);
     }
 }

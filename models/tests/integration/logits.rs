@@ -1,6 +1,6 @@
 //! Teacher-forced logits against Hugging Face Transformers, and that they do not depend on how the work is cut.
 
-use kernels::Dtype;
+use kernels::KvCacheDtype;
 use models::StepSequence;
 use serde_json::json;
 
@@ -17,10 +17,10 @@ fn logits_match_transformers() {
             let mut runner = Runner::load(&golden.dir, kv_dtype, table.len());
             Errors::between(&runner.sequence(&golden.tokens, golden.tokens.len(), &table), &golden.logits)
         };
-        let exact = errors(Dtype::F32);
+        let exact = errors(KvCacheDtype::F32);
         assert!(exact.max <= 3e-5, "{case}, F32 cache: {exact:?}");
         // Eight bits of keys and values, in the sharp attention of these models.
-        let rounded = errors(Dtype::Bf16);
+        let rounded = errors(KvCacheDtype::Bf16);
         assert!(rounded.rms <= 0.015, "{case}, BF16 cache: {rounded:?}");
     }
 }
@@ -48,7 +48,7 @@ fn the_logits_tell_what_the_config_says() {
         let golden = Golden::read(case);
         let table = blocks(golden.tokens.len());
         let copy = with_config(case, |config| config[field] = value.clone());
-        let mut runner = Runner::load(copy.path(), Dtype::F32, table.len());
+        let mut runner = Runner::load(copy.path(), KvCacheDtype::F32, table.len());
         let logits = runner.sequence(&golden.tokens, golden.tokens.len(), &table);
         let errors = Errors::between(&logits, &golden.logits);
         assert!(errors.max > 3e-3, "{case} with {field} = {value} makes no difference: {errors:?}");
@@ -59,7 +59,7 @@ fn the_logits_tell_what_the_config_says() {
 fn chunks_and_block_placement_change_no_bit() {
     for case in Golden::cases() {
         let golden = Golden::read(&case);
-        for kv_dtype in [Dtype::F32, Dtype::Bf16] {
+        for kv_dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
             let mut runner = Runner::load(&golden.dir, kv_dtype, 8);
             let whole = runner.sequence(&golden.tokens, golden.tokens.len(), &[0, 1, 2]);
             for (chunk, table) in [(1, [0, 1, 2]), (7, [5, 0, 7]), (16, [2, 1, 0]), (39, [7, 6, 3])] {
@@ -74,7 +74,7 @@ fn chunks_and_block_placement_change_no_bit() {
 fn neighbours_in_the_batch_change_no_bit() {
     for case in Golden::cases() {
         let golden = Golden::read(&case);
-        let mut runner = Runner::load(&golden.dir, Dtype::Bf16, 8);
+        let mut runner = Runner::load(&golden.dir, KvCacheDtype::Bf16, 8);
         let vocab = runner.model.config().vocab_size;
         let (first, second) = (&golden.tokens[..23], &golden.tokens[23..]);
         let alone = [runner.sequence(first, 23, &[0, 1]), runner.sequence(second, 17, &[2, 3])];

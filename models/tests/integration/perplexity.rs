@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use kernels::Dtype;
+use kernels::KvCacheDtype;
 use kernels::mx::{Cast, ElementType, MxFormat, Scheme};
 use serde::Deserialize;
 use tokenizers::Tokenizer;
@@ -78,7 +78,7 @@ fn perplexity(nll: &[f64]) -> f64 {
 fn bf16_perplexity_is_the_reference() {
     let reference = Reference::read().remove(0);
     assert_eq!(reference.scheme(), None);
-    let mut runner = Runner::load(&data("models/rustdoc-6m"), Dtype::F32, blocks(WINDOW).len());
+    let mut runner = Runner::load(&data("models/rustdoc-6m"), KvCacheDtype::F32, blocks(WINDOW).len());
     let actual: Vec<_> = tokens().chunks(WINDOW).map(|window| nll(&mut runner, window)).collect();
     for (actual, expected) in actual.iter().zip(&reference.nll) {
         assert!((actual - expected).abs() < 0.01, "window: {actual} nats, reference {expected}");
@@ -96,7 +96,7 @@ fn quantized_perplexities_are_the_reference() {
     for reference in Reference::read() {
         let Some(scheme) = reference.scheme() else { continue };
         let dir = quantize(&data("models/rustdoc-6m"), |module| in_a_layer(module).then_some(scheme));
-        let mut runner = Runner::load(dir.path(), Dtype::F32, blocks(WINDOW).len());
+        let mut runner = Runner::load(dir.path(), KvCacheDtype::F32, blocks(WINDOW).len());
         let actual: Vec<_> =
             tokens.chunks(WINDOW).take(SOME).map(|window| nll(&mut runner, window)).collect();
         let off = perplexity(&actual) / perplexity(&reference.nll[..SOME]) - 1.0;

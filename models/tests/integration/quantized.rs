@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use kernels::mx::{ElementRounding, ElementType, MxFormat, MxTensor, Scheme, Values, quantize_rows};
-use kernels::{Component, DenseDtype, Dtype};
+use kernels::{Component, DenseDtype, KvCacheDtype};
 use models::LinearInfo;
 use models::checkpoint::quantization::{Declaration, Dialect, LayerGroup};
 use models::checkpoint::{Checkpoint, DenseTensor};
@@ -109,7 +109,7 @@ pub(crate) fn in_a_layer(module: &str) -> bool {
 
 fn logits(dir: &Path, golden: &Golden) -> (Vec<f32>, Vec<LinearInfo>) {
     let table = blocks(golden.tokens.len());
-    let mut runner = Runner::load(dir, Dtype::F32, table.len());
+    let mut runner = Runner::load(dir, KvCacheDtype::F32, table.len());
     let logits = runner.sequence(&golden.tokens, golden.tokens.len(), &table);
     (logits, runner.model.linear_info())
 }
@@ -227,7 +227,7 @@ fn packed_bytes_are_accounted_as_weights_and_scales() {
     let golden = Golden::read("qwen3");
     let scheme = weight_only(ElementType::E2m1);
     let dir = quantize(&golden.dir, |module| in_a_layer(module).then_some(scheme));
-    let runner = Runner::load(dir.path(), Dtype::F32, 1);
+    let runner = Runner::load(dir.path(), KvCacheDtype::F32, 1);
     let linears = runner.model.linear_info();
     let quantized: usize = linears.iter().filter(|row| row.scheme.is_some()).map(|row| row.parameters).sum();
     let memory = runner.backend.memory();

@@ -249,8 +249,8 @@ fn build(
     status: Arc<Status>,
     commands: Receiver<Command>,
 ) -> Result<(Engine, EngineInfo), EngineError> {
-    let dtype = options.kv_cache_dtype.dtype();
-    let sizes = options.sizes(ModelNeeds::of(backend.as_ref(), model.as_ref(), dtype))?;
+    let dtype = options.kv_cache_dtype;
+    let sizes = options.sizes(ModelNeeds::of(backend.as_ref(), model.as_ref(), dtype)?)?;
     let info = EngineInfo::new(backend.as_ref(), model.as_ref(), sizes, dtype);
     status.stats.kv_blocks_total.store(sizes.kv_blocks, Ordering::Relaxed);
     let engine = Engine {

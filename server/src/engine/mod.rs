@@ -23,7 +23,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use handle::{EngineHandle, Loaded};
-pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheDtype, KvCacheSize, LinearKernel};
+pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{FinishReason, GenerateRequest, Sampling, StopConditions, SubmitError, TokenEvent, Usage};
 pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};
 

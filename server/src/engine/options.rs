@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::{Backend, Dtype, KV_BLOCK_TOKENS, MemoryAccount};
+use kernels::{Backend, KV_BLOCK_TOKENS, KvCacheDtype, MemoryAccount};
 use models::{KvCache, LinearInfo, Model};
 
 use super::block_manager::blocks_for;
@@ -37,7 +37,7 @@ impl Default for EngineOptions {
             max_num_batched_tokens: 512,
             max_num_queued_reqs: 1024,
             kv_cache: KvCacheSize::Auto { at_most_bytes: 4 << 30 },
-            kv_cache_dtype: KvCacheDtype::Auto,
+            kv_cache_dtype: KvCacheDtype::default(),
         }
     }
 }
@@ -54,27 +54,6 @@ pub enum KvCacheSize {
     Bytes(usize),
     /// This many blocks of [`KV_BLOCK_TOKENS`] tokens.
     Blocks(usize),
-}
-
-/// Element type of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvCacheDtype {
-    /// BF16.
-    Auto,
-    /// BF16.
-    Bf16,
-    /// F32.
-    F32,
-}
-
-impl KvCacheDtype {
-    /// The element type it stands for.
-    pub const fn dtype(self) -> Dtype {
-        match self {
-            Self::Auto | Self::Bf16 => Dtype::Bf16,
-            Self::F32 => Dtype::F32,
-        }
-    }
 }
 
 /// Why an engine did not start.
@@ -186,7 +165,9 @@ pub struct EngineInfo {
     /// Blocks of the KV cache, of [`KV_BLOCK_TOKENS`] tokens each.
     pub kv_blocks: usize,
     /// Element type of the KV cache.
-    pub kv_cache_dtype: Dtype,
+    pub kv_cache_dtype: KvCacheDtype,
+    /// The kernel that executes attention over it.
+    pub attention_kernel: String,
     /// The device, for people: `cpu, avx512, 2 threads`.
     pub backend: String,
     /// The model's linear layers by group and scheme.
@@ -207,7 +188,7 @@ pub struct LinearKernel {
 }
 
 impl EngineInfo {
-    pub(super) fn new(backend: &dyn Backend, model: &dyn Model, sizes: Sizes, dtype: Dtype) -> Self {
+    pub(super) fn new(backend: &dyn Backend, model: &dyn Model, sizes: Sizes, dtype: KvCacheDtype) -> Self {
         let kernel =
             |linear: LinearInfo| LinearKernel { kernel: backend.linear_kernel(linear.scheme), linear };
         Self {
@@ -216,6 +197,7 @@ impl EngineInfo {
             max_num_seqs: sizes.limits.max_num_seqs,
             kv_blocks: sizes.kv_blocks,
             kv_cache_dtype: dtype,
+            attention_kernel: backend.attention_kernel(dtype),
             backend: backend.description(),
             linears: model.linear_info().into_iter().map(kernel).collect(),
             parameters: model.parameters(),
@@ -225,10 +207,10 @@ impl EngineInfo {
 }
 
 impl ModelNeeds {
-    pub(super) fn of(backend: &dyn Backend, model: &dyn Model, dtype: Dtype) -> Self {
+    pub(super) fn of(backend: &dyn Backend, model: &dyn Model, dtype: KvCacheDtype) -> kernels::Result<Self> {
         let config = model.config();
-        let block_bytes = KvCache::bytes_per_block(backend, config, dtype);
-        Self { max_model_len: config.max_model_len, block_bytes }
+        let block_bytes = KvCache::bytes_per_block(backend, config, dtype)?;
+        Ok(Self { max_model_len: config.max_model_len, block_bytes })
     }
 }
 

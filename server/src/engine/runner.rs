@@ -1,7 +1,7 @@
 //! Runs one batch on the device: the model over all rows, then a token for each sequence that is due, then the
 //! log-probabilities of prompts.
 
-use kernels::{Backend, Dtype, TokenLogprobs};
+use kernels::{Backend, KvCacheDtype, TokenLogprobs};
 use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 
 use super::block_manager::blocks_for;
@@ -55,7 +55,7 @@ impl ModelRunner {
         backend: Box<dyn Backend>,
         model: Box<dyn Model>,
         sizes: Sizes,
-        kv_cache_dtype: Dtype,
+        kv_cache_dtype: KvCacheDtype,
     ) -> kernels::Result<Self> {
         let device = backend.as_ref();
         let config = model.config();

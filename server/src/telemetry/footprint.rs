@@ -1,7 +1,7 @@
 //! The memory footprint: bytes by component and format, and which scheme each layer declares and runs.
 
+use kernels::Component;
 use kernels::mx::Scheme;
-use kernels::{Component, Dtype};
 use prometheus::GaugeVec;
 
 use super::maker::Maker;
@@ -18,6 +18,7 @@ pub(super) struct FootprintMetrics {
     weight_bits_per_parameter: GaugeVec,
     footprint_ratio: GaugeVec,
     linear_info: GaugeVec,
+    attention_info: GaugeVec,
 }
 
 impl FootprintMetrics {
@@ -43,6 +44,11 @@ impl FootprintMetrics {
                 "mx_linear_info",
                 "Which scheme the checkpoint declares, which one runs, and by which kernel.",
                 &["layer_group", "declared", "executed", "kernel"],
+            )?,
+            attention_info: m.gauges(
+                "mx_attention_info",
+                "How the KV cache is stored, bits per element with scales, and which kernel reads it.",
+                &["kv_cache_dtype", "bits_per_element", "kernel"],
             )?,
         })
     }
@@ -76,6 +82,9 @@ impl FootprintMetrics {
                 self.weight_bytes.with_label_values(&[format.as_str()]).add(linear.bytes as f64);
             }
         }
+        let dtype = info.kv_cache_dtype;
+        let bits = dtype.bits_per_element().to_string();
+        self.attention_info.with_label_values(&[dtype.name(), &bits, &info.attention_kernel]).set(1.0);
         let no_labels: &[&str] = &[];
         if let Some(bits) = footprint.bits_per_parameter() {
             self.weight_bits_per_parameter.with_label_values(no_labels).set(bits);
@@ -123,15 +132,6 @@ impl Footprint {
     /// How many times less than BF16.
     pub(crate) fn ratio(self) -> f64 {
         self.parameters as f64 * 2.0 / self.bytes.max(1) as f64
-    }
-}
-
-/// `bfloat16`, as vLLM labels it.
-pub(crate) fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::Bf16 => "bfloat16",
-        Dtype::F32 => "float32",
-        Dtype::U32 => "uint32",
     }
 }
 

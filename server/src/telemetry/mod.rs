@@ -14,8 +14,8 @@ use prometheus::{
 
 use crate::engine::{EngineHandle, SubmitError};
 pub use engine_metrics::EngineMetrics;
+pub(crate) use footprint::Footprint;
 use footprint::FootprintMetrics;
-pub(crate) use footprint::{Footprint, dtype_name};
 use maker::{FIRST_TOKEN_SECS, Maker, REQUEST_SECS, REQUEST_TOKENS, STEP_TOKENS, TOKEN_SECS};
 
 /// Content type of [`Telemetry::render`].
@@ -244,7 +244,7 @@ impl Telemetry {
             .with_label_values(&[
                 kernels::KV_BLOCK_TOKENS.to_string().as_str(),
                 info.kv_blocks.to_string().as_str(),
-                dtype_name(info.kv_cache_dtype),
+                info.kv_cache_dtype.name(),
             ])
             .set(1.0);
         self.lora_requests_info.with_label_values(&["0", "", ""]).set(0.0);

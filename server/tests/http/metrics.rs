@@ -32,6 +32,7 @@ const NAMES: [&str; 31] = [
     "mx_weight_bytes",
     "mx_weight_bits_per_parameter",
     "mx_footprint_ratio",
+    "mx_attention_info",
     "mx_linear_info",
     "vllm:e2e_request_latency_seconds_count",
     "vllm:e2e_request_latency_seconds_sum",
