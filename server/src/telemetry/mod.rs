@@ -69,6 +69,7 @@ pub struct Telemetry {
     request_success_total: IntCounterVec,
     admission_rejections_total: IntCounterVec,
     process_cpu_seconds_total: Counter,
+    process_resident_memory_bytes: Gauge,
 
     time_to_first_token_seconds: Histogram,
     inter_token_latency_seconds: Histogram,
@@ -138,6 +139,10 @@ impl Telemetry {
             process_cpu_seconds_total: m.register(Counter::with_opts(Opts::new(
                 "process_cpu_seconds_total",
                 "Processor time of this process, in seconds.",
+            ))?)?,
+            process_resident_memory_bytes: m.register(Gauge::with_opts(Opts::new(
+                "process_resident_memory_bytes",
+                "Resident memory of this process.",
             ))?)?,
             time_to_first_token_seconds: m.histogram(
                 "vllm:time_to_first_token_seconds",
@@ -223,6 +228,7 @@ impl Telemetry {
         let process = process::usage();
         self.process_cpu_seconds_total.reset();
         self.process_cpu_seconds_total.inc_by(process.cpu_secs);
+        self.process_resident_memory_bytes.set(process.resident_bytes as f64);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
