@@ -11,6 +11,7 @@ mod error;
 mod kv_cache_dtype;
 pub mod mx;
 pub mod reference;
+pub mod tile;
 mod weight;
 
 pub use backend::{
