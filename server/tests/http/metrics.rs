@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::support::TestServer;
 
 /// Names that dashboards, routers and autoscalers read.
-const NAMES: [&str; 31] = [
+const NAMES: [&str; 32] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
