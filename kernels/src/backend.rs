@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
 use crate::kv_cache_dtype::KvCacheDtype;
+use crate::graph::Graph;
 use crate::mx::{Cast, MxTensor, ScaleRounding, Scheme};
 use crate::weight::Weight;
 
@@ -184,6 +185,35 @@ pub struct LinearKernel {
     pub executed: Option<Scheme>,
 }
 
+/// What to write to a U32 buffer before a step: rows of `width` values, to rows of `stride` elements.
+#[derive(Debug)]
+pub struct InputWrite<'a> {
+    /// Where the rows go, from its first element on.
+    pub buffer: &'a mut Buffer,
+    /// Whole rows.
+    pub values: &'a [u32],
+    /// Values of a row; at least 1.
+    pub width: usize,
+    /// Elements from the start of one row to the start of the next; at least `width`.
+    pub stride: usize,
+}
+
+impl<'a> InputWrite<'a> {
+    /// `values` side by side.
+    pub fn flat(buffer: &'a mut Buffer, values: &'a [u32]) -> Self {
+        Self { buffer, values, width: 1, stride: 1 }
+    }
+}
+
+/// Memory of a device of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes that nobody uses now.
+    pub free_bytes: usize,
+    /// All bytes.
+    pub total_bytes: usize,
+}
+
 /// A device. Made once, on the thread that uses it.
 ///
 /// Operators write into `out`; they never synchronize, and allocate nothing once their scratch has grown to the largest
@@ -199,6 +229,31 @@ pub trait Backend {
 
     /// Bytes held, by component.
     fn memory(&self) -> &Arc<MemoryAccount>;
+
+    /// The memory of a device that has its own; `None` where it is the host's.
+    fn device_memory(&self) -> Option<DeviceMemory> {
+        None
+    }
+
+    /// Whether [`capture`](Self::capture) records: the device runs behind the host, and launching operators one by
+    /// one takes longer than running them.
+    fn captures(&self) -> bool {
+        false
+    }
+
+    /// Records the operators that `step` calls, without running them. Every one of them has run before with as many
+    /// rows. A [`replay`](Self::replay) runs them on the same buffers, with what these hold then.
+    ///
+    /// # Panics
+    /// [`captures`](Self::captures) is false, or `step` reads from the device.
+    fn capture(&self, _step: &mut dyn FnMut()) -> Graph {
+        panic!("{} records nothing", self.description());
+    }
+
+    /// Runs the operators of `graph`, which this device recorded.
+    fn replay(&self, graph: &Graph) {
+        panic!("{} has not recorded {graph:?}", self.description());
+    }
 
     /// Element type of activations.
     fn activation_dtype(&self) -> Dtype;
@@ -236,6 +291,19 @@ pub trait Backend {
 
     /// Copies `values` to `buffer[offset..]`.
     fn write_u32(&self, buffer: &mut Buffer, offset: usize, values: &[u32]);
+
+    /// Makes all `writes`, in one transfer if the device is remote.
+    fn write_inputs(&self, writes: &mut [InputWrite<'_>]) {
+        for InputWrite { buffer, values, width, stride } in writes {
+            if width == stride {
+                self.write_u32(buffer, 0, values);
+                continue;
+            }
+            for (row, values) in values.chunks(*width).enumerate() {
+                self.write_u32(buffer, row * *stride, values);
+            }
+        }
+    }
 
     /// Copies `buffer[offset..]` to `values`, waiting for the operators that write it.
     fn read_f32(&self, buffer: &Buffer, offset: usize, values: &mut [f32]);
@@ -332,6 +400,27 @@ pub enum Device {
         /// Worker threads, the caller's included; at least 1.
         threads: usize,
     },
+    /// An NVIDIA GPU, in builds with feature `cuda`.
+    Cuda {
+        /// Its number among the visible ones.
+        ordinal: usize,
+    },
+}
+
+impl Device {
+    /// Number of GPUs that [`open`] could open.
+    ///
+    /// # Errors
+    /// Why there are none: this build, the driver, the machine.
+    pub fn cuda_devices() -> Result<usize> {
+        #[cfg(feature = "cuda")]
+        return crate::cuda::Context::device_count();
+        #[cfg(not(feature = "cuda"))]
+        return Err(crate::Error::Unavailable {
+            device: "cuda".to_owned(),
+            why: "this build has no CUDA (cargo feature `cuda`)".to_owned(),
+        });
+    }
 }
 
 /// Opens a device. A new device is one arm here.
@@ -341,5 +430,11 @@ pub enum Device {
 pub fn open(device: Device) -> Result<Box<dyn Backend>> {
     match device {
         Device::Cpu { threads } => Ok(Box::new(crate::cpu::CpuBackend::new(threads))),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal } => Ok(Box::new(crate::cuda::CudaBackend::open(ordinal)?)),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda { .. } => {
+            Err(Device::cuda_devices().expect_err("a build without CUDA sees no devices"))
+        }
     }
 }

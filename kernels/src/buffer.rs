@@ -102,6 +102,12 @@ pub(crate) enum Storage {
     HostF32(Vec<f32>),
     HostBf16(Vec<u16>),
     HostU32(Vec<u32>),
+    #[cfg(feature = "cuda")]
+    Cuda {
+        memory: crate::cuda::DeviceBuffer,
+        dtype: Dtype,
+        len: usize,
+    },
 }
 
 impl Buffer {
@@ -111,10 +117,12 @@ impl Buffer {
 
     /// Element type.
     pub fn dtype(&self) -> Dtype {
-        match self.storage {
+        match &self.storage {
             Storage::HostF32(_) => Dtype::F32,
             Storage::HostBf16(_) => Dtype::Bf16,
             Storage::HostU32(_) => Dtype::U32,
+            #[cfg(feature = "cuda")]
+            Storage::Cuda { dtype, .. } => *dtype,
         }
     }
 
@@ -124,6 +132,8 @@ impl Buffer {
             Storage::HostF32(v) => v.len(),
             Storage::HostBf16(v) => v.len(),
             Storage::HostU32(v) => v.len(),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda { len, .. } => *len,
         }
     }
 

@@ -9,16 +9,18 @@ mod cpu;
 mod cuda;
 mod error;
 mod kv_cache_dtype;
+mod graph;
 pub mod mx;
 pub mod reference;
 pub mod tile;
 mod weight;
 
 pub use backend::{
-    AttentionInputs, Backend, DenseDtype, Device, HeadNorm, Heads, KV_BLOCK_TOKENS, LinearKernel, PagedKv,
+    AttentionInputs, Backend, DenseDtype, Device, DeviceMemory, HeadNorm, Heads, InputWrite, KV_BLOCK_TOKENS, LinearKernel, PagedKv,
     SampleParams, TokenLogprobs, WeightSource, open,
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
 pub use error::{Error, Result};
 pub use kv_cache_dtype::KvCacheDtype;
+pub use graph::Graph;
 pub use weight::Weight;

@@ -1,6 +1,6 @@
 //! The inputs of one step: which tokens of which sequences, and where their keys and values go.
 
-use kernels::{AttentionInputs, Backend, Buffer, Component, Dtype, KV_BLOCK_TOKENS};
+use kernels::{AttentionInputs, Backend, Buffer, Component, Dtype, InputWrite, KV_BLOCK_TOKENS};
 
 /// The part of a sequence that one step computes.
 #[derive(Debug, Clone, Copy)]
@@ -11,6 +11,13 @@ pub struct StepSequence<'a> {
     pub first_position: usize,
     /// Block numbers of the sequence in position order; they cover every position up to the last of `tokens`.
     pub block_table: &'a [u32],
+}
+
+impl StepSequence<'_> {
+    /// Blocks of the sequence after the step.
+    fn blocks(&self) -> usize {
+        (self.first_position + self.tokens.len()).div_ceil(KV_BLOCK_TOKENS)
+    }
 }
 
 /// Device buffers that describe a step: allocated once, refilled in place. Rows are the tokens of all sequences, one
@@ -40,6 +47,8 @@ struct Staging {
     slots: Vec<u32>,
     query_start: Vec<u32>,
     context_lens: Vec<u32>,
+    /// Rows of as many blocks as the longest sequence of the step has.
+    block_tables: Vec<u32>,
 }
 
 impl StepInputs {
@@ -71,6 +80,7 @@ impl StepInputs {
                 slots: Vec::with_capacity(max_tokens),
                 query_start: Vec::with_capacity(max_sequences + 1),
                 context_lens: Vec::with_capacity(max_sequences),
+                block_tables: Vec::new(),
             },
         })
     }
@@ -87,25 +97,24 @@ impl StepInputs {
             "{} sequences in a step of {max_sequences}",
             sequences.len()
         );
-        self.staging.clear();
-        for (index, sequence) in sequences.iter().enumerate() {
-            let blocks = self.staging.push(sequence);
-            assert!(
-                blocks.len() <= self.max_blocks,
-                "{} blocks in a table of {}",
-                blocks.len(),
-                self.max_blocks
-            );
-            backend.write_u32(&mut self.block_tables, index * self.max_blocks, blocks);
-        }
+        let blocks = self.staging.fill(sequences);
+        assert!(blocks <= self.max_blocks, "{blocks} blocks in a table of {}", self.max_blocks);
         let staging = &self.staging;
         let (rows, max_rows) = (staging.tokens.len(), self.tokens.len());
         assert!(rows <= max_rows, "{rows} tokens in a step of {max_rows}");
-        backend.write_u32(&mut self.tokens, 0, &staging.tokens);
-        backend.write_u32(&mut self.positions, 0, &staging.positions);
-        backend.write_u32(&mut self.slots, 0, &staging.slots);
-        backend.write_u32(&mut self.query_start, 0, &staging.query_start);
-        backend.write_u32(&mut self.context_lens, 0, &staging.context_lens);
+        backend.write_inputs(&mut [
+            InputWrite::flat(&mut self.tokens, &staging.tokens),
+            InputWrite::flat(&mut self.positions, &staging.positions),
+            InputWrite::flat(&mut self.slots, &staging.slots),
+            InputWrite::flat(&mut self.query_start, &staging.query_start),
+            InputWrite::flat(&mut self.context_lens, &staging.context_lens),
+            InputWrite {
+                buffer: &mut self.block_tables,
+                values: &staging.block_tables,
+                width: blocks,
+                stride: self.max_blocks,
+            },
+        ]);
         self.rows = rows;
         self.sequences = sequences.len();
     }
@@ -138,21 +147,29 @@ impl StepInputs {
 }
 
 impl Staging {
-    fn clear(&mut self) {
+    /// Describes a step; returns the row length of the block tables.
+    fn fill(&mut self, sequences: &[StepSequence<'_>]) -> usize {
         self.tokens.clear();
         self.positions.clear();
         self.slots.clear();
         self.query_start.clear();
         self.query_start.push(0);
         self.context_lens.clear();
+        self.block_tables.clear();
+        let width = sequences.iter().map(StepSequence::blocks).max().unwrap_or(1);
+        for sequence in sequences {
+            self.push(sequence);
+            self.block_tables.extend_from_slice(&sequence.block_table[..sequence.blocks()]);
+            self.block_tables.resize(self.context_lens.len() * width, 0);
+        }
+        width
     }
 
-    /// Appends a sequence's rows; returns the blocks that they and everything before them take.
-    fn push<'a>(&mut self, sequence: &StepSequence<'a>) -> &'a [u32] {
+    /// Appends a sequence's rows.
+    fn push(&mut self, sequence: &StepSequence<'_>) {
         let StepSequence { tokens, first_position, block_table } = *sequence;
         assert!(!tokens.is_empty(), "a sequence of a step has tokens");
-        let context = first_position + tokens.len();
-        let blocks = context.div_ceil(KV_BLOCK_TOKENS);
+        let (context, blocks) = (first_position + tokens.len(), sequence.blocks());
         assert!(blocks <= block_table.len(), "{} blocks for {context} tokens", block_table.len());
         self.tokens.extend_from_slice(tokens);
         for position in first_position..context {
@@ -162,6 +179,5 @@ impl Staging {
         }
         self.query_start.push(self.tokens.len() as u32);
         self.context_lens.push(context as u32);
-        &block_table[..blocks]
     }
 }

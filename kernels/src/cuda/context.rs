@@ -1,5 +1,6 @@
 //! The driver, a device, its stream, and the compiled kernels.
 
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char};
 use std::ptr::null_mut;
 
@@ -29,6 +30,10 @@ pub(crate) struct Context {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     properties: Properties,
+    /// Graphs that exist: while there are any, memory is not freed.
+    graphs: Cell<usize>,
+    /// Memory to be freed after the last graph.
+    held: RefCell<Vec<sys::CUdeviceptr>>,
 }
 
 /// What launchers want to know of a device.
@@ -152,7 +157,7 @@ impl Context {
         let mut context = null_mut();
         // SAFETY: the device exists; `drop` releases what is retained here.
         or(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) })?;
-        let mut this = Self { device, stream: null_mut(), modules: Vec::new(), properties };
+        let mut this = Self { device, stream: null_mut(), modules: Vec::new(), properties, graphs: Cell::new(0), held: RefCell::default() };
         // SAFETY: the context was just retained, and the stream is created in it.
         unsafe {
             or(sys::cuCtxSetCurrent(context))?;
@@ -190,6 +195,29 @@ impl Context {
         // SAFETY: writes to two local variables.
         check(unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) }, "memory info");
         (free, total)
+    }
+
+    /// Frees `memory`, now or after the last graph. Freeing waits for the device.
+    pub(super) fn free(&self, memory: sys::CUdeviceptr) {
+        if self.graphs.get() > 0 {
+            self.held.borrow_mut().push(memory);
+            return;
+        }
+        // SAFETY: allocated in this context, and given up by its owner.
+        check(unsafe { sys::cuMemFree_v2(memory) }, "free memory");
+    }
+
+    /// A graph is made: from now on memory that is dropped stays.
+    pub(super) fn hold_memory(&self) {
+        self.graphs.set(self.graphs.get() + 1);
+    }
+
+    /// A graph is gone.
+    pub(super) fn release_memory(&self) {
+        self.graphs.set(self.graphs.get() - 1);
+        if self.graphs.get() == 0 {
+            self.held.take().into_iter().for_each(|memory| self.free(memory));
+        }
     }
 
     /// The kernel `name`, ready to be launched with as much dynamic shared memory as the device allows. Loads its

@@ -109,9 +109,7 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if self.ptr != 0 {
-            // SAFETY: allocated in `uninitialized`, not freed before. Freeing waits for the device.
-            let result = unsafe { sys::cuMemFree_v2(self.ptr) };
-            debug_assert!(result == CUresult::CUDA_SUCCESS, "free memory: {}", message(result));
+            self.context.free(self.ptr);
         }
     }
 }

@@ -1,0 +1,56 @@
+//! Recording launches into a CUDA graph.
+
+use std::ptr::null_mut;
+use std::rc::Rc;
+
+use cudarc::driver::sys;
+
+use super::context::{Context, check};
+
+/// An instantiated graph. Device memory that is dropped while graphs exist is freed only after the last of them, so
+/// that a replay never meets memory of somebody else.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    executable: sys::CUgraphExec,
+    context: Rc<Context>,
+}
+
+impl Graph {
+    /// Records what `launches` puts on the context's stream. Nothing runs.
+    pub(crate) fn capture(context: &Rc<Context>, launches: &mut dyn FnMut()) -> Self {
+        let stream = context.stream();
+        // Launchers may grow their scratch meanwhile, which only the relaxed mode allows.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is the context's, and not capturing yet.
+        check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }, "begin capture");
+        context.hold_memory();
+        launches();
+        let mut graph = null_mut();
+        // SAFETY: begun above, on this thread.
+        check(unsafe { sys::cuStreamEndCapture(stream, &raw mut graph) }, "end capture");
+        let mut executable = null_mut();
+        // SAFETY: the graph was just made; it is not needed once it is instantiated.
+        unsafe {
+            check(sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0), "instantiate a graph");
+            check(sys::cuGraphUpload(executable, stream), "upload a graph");
+            check(sys::cuGraphDestroy(graph), "destroy a graph");
+        }
+        Self { executable, context: Rc::clone(context) }
+    }
+
+    /// Runs the graph after everything launched before.
+    pub(crate) fn replay(&self) {
+        // SAFETY: the graph's kernels got valid arguments when they were recorded, and the memory among them has not
+        // been freed since.
+        check(unsafe { sys::cuGraphLaunch(self.executable, self.context.stream()) }, "launch a graph");
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.context.synchronize();
+        // SAFETY: instantiated in `capture`, and not running.
+        check(unsafe { sys::cuGraphExecDestroy(self.executable) }, "destroy a graph");
+        self.context.release_memory();
+    }
+}
