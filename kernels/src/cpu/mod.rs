@@ -139,6 +139,8 @@ fn integers(buffer: &Buffer) -> &[u32] {
 fn packed(weight: &Weight) -> &PackedWeight {
     match &weight.data {
         WeightData::Cpu(packed) => packed,
+        #[cfg(feature = "cuda")]
+        WeightData::Cuda(_) => panic!("a weight of another device"),
     }
 }
 
@@ -240,6 +242,8 @@ impl Backend for CpuBackend {
                 }
             }
             Storage::HostU32(_) => panic!("floats do not go into a U32 buffer"),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda { .. } => panic!("a buffer of another device"),
         }
     }
 
@@ -259,6 +263,8 @@ impl Backend for CpuBackend {
                 }
             }
             Storage::HostU32(_) => panic!("floats do not come from a U32 buffer"),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda { .. } => panic!("a buffer of another device"),
         }
     }
 

@@ -1,8 +1,8 @@
 //! The driver, a device, its stream, and the compiled kernels.
 
-use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char};
 use std::ptr::null_mut;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -30,11 +30,22 @@ pub(crate) struct Context {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     properties: Properties,
-    /// Graphs that exist: while there are any, memory is not freed.
-    graphs: Cell<usize>,
-    /// Memory to be freed after the last graph.
-    held: RefCell<Vec<sys::CUdeviceptr>>,
+    context: sys::CUcontext,
+    held: Mutex<Held>,
 }
+
+/// While graphs exist, memory that was given up is kept: they have its addresses.
+#[derive(Debug, Default)]
+struct Held {
+    graphs: usize,
+    memory: Vec<sys::CUdeviceptr>,
+}
+
+// SAFETY: the driver's handles may be used from any thread. Only `free` can come from another than the one whose
+// current context this is (a buffer dropped there); it makes the context current first.
+unsafe impl Send for Context {}
+// SAFETY: as above; what changes is behind a lock.
+unsafe impl Sync for Context {}
 
 /// What launchers want to know of a device.
 #[derive(Debug, Clone)]
@@ -157,7 +168,7 @@ impl Context {
         let mut context = null_mut();
         // SAFETY: the device exists; `drop` releases what is retained here.
         or(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) })?;
-        let mut this = Self { device, stream: null_mut(), modules: Vec::new(), properties, graphs: Cell::new(0), held: RefCell::default() };
+        let mut this = Self { device, stream: null_mut(), modules: Vec::new(), properties, context, held: Mutex::default() };
         // SAFETY: the context was just retained, and the stream is created in it.
         unsafe {
             or(sys::cuCtxSetCurrent(context))?;
@@ -197,27 +208,36 @@ impl Context {
         (free, total)
     }
 
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Frees `memory`, now or after the last graph. Freeing waits for the device.
     pub(super) fn free(&self, memory: sys::CUdeviceptr) {
-        if self.graphs.get() > 0 {
-            self.held.borrow_mut().push(memory);
+        let mut held = self.held();
+        if held.graphs > 0 {
+            held.memory.push(memory);
             return;
         }
         // SAFETY: allocated in this context, and given up by its owner.
-        check(unsafe { sys::cuMemFree_v2(memory) }, "free memory");
+        unsafe {
+            check(sys::cuCtxSetCurrent(self.context), "set the context");
+            check(sys::cuMemFree_v2(memory), "free memory");
+        }
     }
 
     /// A graph is made: from now on memory that is dropped stays.
     pub(super) fn hold_memory(&self) {
-        self.graphs.set(self.graphs.get() + 1);
+        self.held().graphs += 1;
     }
 
     /// A graph is gone.
     pub(super) fn release_memory(&self) {
-        self.graphs.set(self.graphs.get() - 1);
-        if self.graphs.get() == 0 {
-            self.held.take().into_iter().for_each(|memory| self.free(memory));
-        }
+        let mut held = self.held();
+        held.graphs -= 1;
+        let memory = if held.graphs == 0 { std::mem::take(&mut held.memory) } else { Vec::new() };
+        drop(held);
+        memory.into_iter().for_each(|memory| self.free(memory));
     }
 
     /// The kernel `name`, ready to be launched with as much dynamic shared memory as the device allows. Loads its

@@ -1,7 +1,7 @@
 //! Recording launches into a CUDA graph.
 
 use std::ptr::null_mut;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
@@ -12,12 +12,12 @@ use super::context::{Context, check};
 #[derive(Debug)]
 pub(crate) struct Graph {
     executable: sys::CUgraphExec,
-    context: Rc<Context>,
+    context: Arc<Context>,
 }
 
 impl Graph {
     /// Records what `launches` puts on the context's stream. Nothing runs.
-    pub(crate) fn capture(context: &Rc<Context>, launches: &mut dyn FnMut()) -> Self {
+    pub(crate) fn capture(context: &Arc<Context>, launches: &mut dyn FnMut()) -> Self {
         let stream = context.stream();
         // Launchers may grow their scratch meanwhile, which only the relaxed mode allows.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -35,7 +35,7 @@ impl Graph {
             check(sys::cuGraphUpload(executable, stream), "upload a graph");
             check(sys::cuGraphDestroy(graph), "destroy a graph");
         }
-        Self { executable, context: Rc::clone(context) }
+        Self { executable, context: Arc::clone(context) }
     }
 
     /// Runs the graph after everything launched before.

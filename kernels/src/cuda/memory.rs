@@ -1,7 +1,7 @@
 //! Device memory and pinned host memory.
 
 use std::ptr::null_mut;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -16,12 +16,12 @@ pub(crate) type DevicePtr = sys::CUdeviceptr;
 pub(crate) struct DeviceBuffer {
     ptr: DevicePtr,
     bytes: usize,
-    context: Rc<Context>,
+    context: Arc<Context>,
 }
 
 impl DeviceBuffer {
     /// `bytes` zeros for `what` (said when memory is short).
-    pub(crate) fn zeroed(context: &Rc<Context>, bytes: usize, what: &str) -> Result<Self> {
+    pub(crate) fn zeroed(context: &Arc<Context>, bytes: usize, what: &str) -> Result<Self> {
         let this = Self::uninitialized(context, bytes, what)?;
         if bytes > 0 {
             // SAFETY: the memory has this many bytes; the stream orders the write before every use.
@@ -31,7 +31,7 @@ impl DeviceBuffer {
     }
 
     /// `bytes` bytes of unspecified content for `what`.
-    pub(crate) fn uninitialized(context: &Rc<Context>, bytes: usize, what: &str) -> Result<Self> {
+    pub(crate) fn uninitialized(context: &Arc<Context>, bytes: usize, what: &str) -> Result<Self> {
         let mut ptr = 0;
         if bytes > 0 {
             // SAFETY: `ptr` is local; `drop` frees the memory.
@@ -50,7 +50,7 @@ impl DeviceBuffer {
             }
             check(result, "allocate memory");
         }
-        Ok(Self { ptr, bytes, context: Rc::clone(context) })
+        Ok(Self { ptr, bytes, context: Arc::clone(context) })
     }
 
     /// The address of the first byte; 0 if there is none.
@@ -120,12 +120,12 @@ pub(crate) struct PinnedBuffer {
     ptr: *mut u8,
     bytes: usize,
     /// Keeps the context alive that the memory belongs to.
-    _context: Rc<Context>,
+    _context: Arc<Context>,
 }
 
 impl PinnedBuffer {
     /// `bytes` zeros; at least 1.
-    pub(crate) fn new(context: &Rc<Context>, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         let mut ptr = null_mut();
         // SAFETY: `ptr` is local; `drop` frees the memory.
         let result = unsafe { sys::cuMemHostAlloc(&raw mut ptr, bytes, 0) };
@@ -140,7 +140,17 @@ impl PinnedBuffer {
         let ptr = ptr.cast::<u8>();
         // SAFETY: just allocated with this size.
         unsafe { ptr.write_bytes(0, bytes) };
-        Ok(Self { ptr, bytes, _context: Rc::clone(context) })
+        Ok(Self { ptr, bytes, _context: Arc::clone(context) })
+    }
+
+    /// Size in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Where kernels find the bytes: addresses are the same on both sides.
+    pub(crate) fn device_ptr(&self) -> DevicePtr {
+        self.ptr as DevicePtr
     }
 
     /// The bytes.

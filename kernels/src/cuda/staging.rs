@@ -2,7 +2,7 @@
 //! copy engine, no waiting, one launch.
 
 use std::ptr::null_mut;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
@@ -25,7 +25,7 @@ const SLOTS: usize = 3;
 /// Pinned memory in a few slots, used in turn.
 #[derive(Debug)]
 pub(crate) struct Staging {
-    context: Rc<Context>,
+    context: Arc<Context>,
     slots: [Slot; SLOTS],
     next: usize,
     write_inputs: Function,
@@ -53,7 +53,7 @@ struct Segment {
 unsafe impl Argument for [Segment; MAX_SEGMENTS] {}
 
 impl Staging {
-    pub(crate) fn new(context: &Rc<Context>) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         let slot = || {
             let mut read = null_mut();
             let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
@@ -62,7 +62,7 @@ impl Staging {
             Ok(Slot { memory: PinnedBuffer::new(context, INITIAL_BYTES)?, read })
         };
         Ok(Self {
-            context: Rc::clone(context),
+            context: Arc::clone(context),
             slots: [slot()?, slot()?, slot()?],
             next: 0,
             write_inputs: context.function("write_inputs"),
