@@ -41,15 +41,17 @@ pub struct ServerConfig {
     pub device: DeviceChoice,
     /// Threads of the CPU backend.
     pub threads: usize,
-    /// Sequences that run at once.
-    pub max_num_seqs: usize,
-    /// Tokens computed in one step.
-    pub max_num_batched_tokens: usize,
+    /// Share of a GPU's memory to use; `None`: the device's default.
+    pub gpu_memory_utilization: Option<f64>,
+    /// Sequences that run at once; `None`: the device's default.
+    pub max_num_seqs: Option<usize>,
+    /// Tokens computed in one step; `None`: the device's default.
+    pub max_num_batched_tokens: Option<usize>,
     /// Sequences that may wait.
     pub max_num_queued_reqs: usize,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
-    /// Size of the KV cache; `None`: for `max_num_seqs` sequences of 2048 tokens, at most 4 GiB.
+    /// Size of the KV cache; `None`: the device's default.
     pub kv_cache_memory_bytes: Option<usize>,
     /// Least important log lines to write.
     pub log_level: LogLevel,
@@ -75,8 +77,9 @@ impl Default for ServerConfig {
             generation_config: GenerationConfig::default(),
             device: DeviceChoice::default(),
             threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
-            max_num_seqs: 64,
-            max_num_batched_tokens: 512,
+            gpu_memory_utilization: None,
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
             max_num_queued_reqs: 1024,
             kv_cache_dtype: KvCacheDtype::default(),
             kv_cache_memory_bytes: None,
@@ -116,9 +119,9 @@ impl ServerConfig {
             generation_config: said.generation_config.unwrap_or(d.generation_config),
             device: said.device.unwrap_or(d.device),
             threads: threads(said.threads)?.unwrap_or(d.threads),
-            max_num_seqs: at_least_one("max_num_seqs", said.max_num_seqs)?.unwrap_or(d.max_num_seqs),
-            max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?
-                .unwrap_or(d.max_num_batched_tokens),
+            gpu_memory_utilization: share("gpu_memory_utilization", said.gpu_memory_utilization)?,
+            max_num_seqs: at_least_one("max_num_seqs", said.max_num_seqs)?,
+            max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?,
             max_num_queued_reqs: at_least_one("max_num_queued_reqs", said.max_num_queued_reqs)?
                 .unwrap_or(d.max_num_queued_reqs),
             kv_cache_dtype: said.kv_cache_dtype.unwrap_or(d.kv_cache_dtype),
@@ -146,10 +149,10 @@ impl ServerConfig {
             generation_config: Some(self.generation_config),
             device: Some(self.device),
             threads: Some(self.threads),
-            gpu_memory_utilization: None,
+            gpu_memory_utilization: self.gpu_memory_utilization,
             tensor_parallel_size: None,
-            max_num_seqs: Some(self.max_num_seqs),
-            max_num_batched_tokens: Some(self.max_num_batched_tokens),
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
             kv_cache_dtype: Some(self.kv_cache_dtype),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
@@ -169,13 +172,6 @@ impl fmt::Debug for ServerConfig {
 
 /// Knobs that would have no effect are refused, not ignored.
 fn refuse(said: &Settings) -> Result<(), ConfigError> {
-    if said.device == Some(DeviceChoice::Cuda) {
-        return Err(invalid("device", "this build has no CUDA; use cpu"));
-    }
-    if said.gpu_memory_utilization.is_some() {
-        let message = "has no effect in a build without CUDA; kv_cache_memory_bytes sizes the KV cache";
-        return Err(invalid("gpu_memory_utilization", message));
-    }
     if said.tensor_parallel_size.is_some_and(|n| n != 1) {
         return Err(invalid("tensor_parallel_size", "must be 1: a model runs on one device"));
     }
@@ -189,6 +185,13 @@ fn invalid(key: &'static str, message: impl Into<String>) -> ConfigError {
 fn at_least_one(key: &'static str, value: Option<usize>) -> Result<Option<usize>, ConfigError> {
     match value {
         Some(0) => Err(invalid(key, "must be at least 1")),
+        other => Ok(other),
+    }
+}
+
+fn share(key: &'static str, value: Option<f64>) -> Result<Option<f64>, ConfigError> {
+    match value {
+        Some(share) if !(share > 0.0 && share <= 1.0) => Err(invalid(key, "must be above 0 and at most 1")),
         other => Ok(other),
     }
 }

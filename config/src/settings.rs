@@ -89,8 +89,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation_config: Option<GenerationConfig>,
 
-    /// Device to run on [default: auto]
-    #[arg(long, env = "MXSERVE_DEVICE", help_heading = "Device")]
+    /// Device to run on: auto, cpu, cuda or cuda:N [default: auto, the first GPU if there is one]
+    #[arg(long, env = "MXSERVE_DEVICE", value_name = "DEVICE", help_heading = "Device")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<DeviceChoice>,
 
@@ -99,7 +99,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
 
-    /// Share of the GPU's memory to use (CUDA only)
+    /// Share of the GPU's memory to use, the KV cache taking what weights and workspace leave [default: 0.9; refused on
+    /// the CPU]
     #[arg(long, env = "MXSERVE_GPU_MEMORY_UTILIZATION", value_name = "SHARE", help_heading = "Device")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_memory_utilization: Option<f64>,
@@ -109,12 +110,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tensor_parallel_size: Option<usize>,
 
-    /// Sequences that run at once [default: 64]
+    /// Sequences that run at once [default: 64 on the CPU, 256 on a GPU]
     #[arg(long, env = "MXSERVE_MAX_NUM_SEQS", value_name = "N", help_heading = "Scheduler")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step [default: 512]
+    /// Tokens computed in one step [default: 512 on the CPU, 8192 on a GPU]
     #[arg(long, env = "MXSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", help_heading = "Scheduler")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_batched_tokens: Option<usize>,
@@ -135,7 +136,8 @@ pub struct Settings {
     #[serde(default, skip_serializing_if = "Option::is_none", with = "kv_cache_dtype")]
     pub kv_cache_dtype: Option<KvCacheDtype>,
 
-    /// Size of the KV cache in bytes [default: for max_num_seqs sequences of 2048 tokens, at most 4 GiB]
+    /// Size of the KV cache in bytes [default: on the CPU for max_num_seqs sequences of 2048 tokens, at most 4 GiB; on a
+    /// GPU by gpu_memory_utilization]
     #[arg(long, env = "MXSERVE_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", help_heading = "Scheduler")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_memory_bytes: Option<usize>,

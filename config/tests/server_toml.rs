@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use clap::Args;
-use config::{ConfigError, ServerConfig, Settings};
+use config::{ConfigError, DeviceChoice, ServerConfig, Settings};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/server.toml");
 
@@ -56,8 +56,7 @@ fn the_commented_examples_are_valid() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("examples.toml");
     std::fs::write(&path, examples).unwrap();
-    let mut examples = Settings::from_file(&path).unwrap();
-    assert_eq!(examples.gpu_memory_utilization.take(), Some(0.9));
+    let examples = Settings::from_file(&path).unwrap();
     ServerConfig::resolve(examples, Settings::default()).unwrap();
 }
 
@@ -66,7 +65,7 @@ fn flags_win_over_the_file() {
     let file = Settings { port: Some(1), max_num_seqs: Some(2), ..Settings::default() };
     let flags = Settings { port: Some(3), ..Settings::default() };
     let resolved = ServerConfig::resolve(file, flags).unwrap();
-    assert_eq!((resolved.port, resolved.max_num_seqs), (3, 2));
+    assert_eq!((resolved.port, resolved.max_num_seqs), (3, Some(2)));
     assert_eq!(resolved.max_num_queued_reqs, ServerConfig::default().max_num_queued_reqs);
 }
 
@@ -101,12 +100,29 @@ fn refuses_and_names_the_key() {
         ("max_model_len", Settings { max_model_len: Some(1), ..d() }),
         ("served_model_name", Settings { served_model_name: Some(vec![String::new()]), ..d() }),
         ("tensor_parallel_size", Settings { tensor_parallel_size: Some(2), ..d() }),
-        ("gpu_memory_utilization", Settings { gpu_memory_utilization: Some(0.5), ..d() }),
-        ("device", Settings { device: Some(config::DeviceChoice::Cuda), ..d() }),
+        ("gpu_memory_utilization", Settings { gpu_memory_utilization: Some(1.5), ..d() }),
+        ("gpu_memory_utilization", Settings { gpu_memory_utilization: Some(f64::NAN), ..d() }),
     ];
     for (key, said) in cases {
         let error = ServerConfig::resolve(d(), said).unwrap_err();
         assert!(error.to_string().starts_with(&format!("{key}: ")), "{error}");
+    }
+}
+
+#[test]
+fn devices_have_names() {
+    for (text, choice) in [
+        ("auto", DeviceChoice::Auto),
+        ("cpu", DeviceChoice::Cpu),
+        ("cuda:0", DeviceChoice::Cuda { ordinal: 0 }),
+        ("cuda:12", DeviceChoice::Cuda { ordinal: 12 }),
+    ] {
+        assert_eq!(text.parse(), Ok(choice));
+        assert_eq!(choice.to_string(), text);
+    }
+    assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda { ordinal: 0 }));
+    for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0"] {
+        assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
     }
 }
 

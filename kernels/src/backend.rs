@@ -408,18 +408,21 @@ pub enum Device {
 }
 
 impl Device {
-    /// Number of GPUs that [`open`] could open.
+    /// Whether [`open`] has a chance, without opening it.
     ///
     /// # Errors
-    /// Why there are none: this build, the driver, the machine.
-    pub fn cuda_devices() -> Result<usize> {
-        #[cfg(feature = "cuda")]
-        return crate::cuda::Context::device_count();
-        #[cfg(not(feature = "cuda"))]
-        return Err(crate::Error::Unavailable {
-            device: "cuda".to_owned(),
-            why: "this build has no CUDA (cargo feature `cuda`)".to_owned(),
-        });
+    /// What is missing: in this build, the driver, the machine.
+    pub fn check(self) -> Result<()> {
+        match self {
+            Self::Cpu { .. } => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { ordinal } => crate::cuda::Context::check(ordinal),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda { ordinal } => Err(crate::Error::Unavailable {
+                device: format!("cuda:{ordinal}"),
+                why: "this build has no CUDA (cargo feature `cuda`)".to_owned(),
+            }),
+        }
     }
 }
 
@@ -428,13 +431,12 @@ impl Device {
 /// # Errors
 /// The device is not there.
 pub fn open(device: Device) -> Result<Box<dyn Backend>> {
+    device.check()?;
     match device {
         Device::Cpu { threads } => Ok(Box::new(crate::cpu::CpuBackend::new(threads))),
         #[cfg(feature = "cuda")]
         Device::Cuda { ordinal } => Ok(Box::new(crate::cuda::CudaBackend::open(ordinal)?)),
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda { .. } => {
-            Err(Device::cuda_devices().expect_err("a build without CUDA sees no devices"))
-        }
+        Device::Cuda { .. } => unreachable!("not available in this build"),
     }
 }

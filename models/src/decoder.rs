@@ -161,15 +161,21 @@ impl Model for Decoder {
     fn logits(&self, backend: &dyn Backend, rows: &[u32], ws: &mut Workspace) {
         let (count, max) = (rows.len(), ws.max_logit_rows());
         assert!(count <= max, "logits of {count} rows in a workspace for {max}");
-        backend.write_u32(&mut ws.logit_rows, 0, rows);
-        let hidden = self.config.hidden_size;
-        backend.gather_rows(&ws.normed, &ws.logit_rows, count, hidden, &mut ws.logit_hidden);
+        // The first rows, as every decode step wants them, are in place already.
+        let hidden = if rows.iter().copied().eq(0..count as u32) {
+            &ws.normed
+        } else {
+            backend.write_u32(&mut ws.logit_rows, 0, rows);
+            let width = self.config.hidden_size;
+            backend.gather_rows(&ws.normed, &ws.logit_rows, count, width, &mut ws.logit_hidden);
+            &ws.logit_hidden
+        };
         match &self.head {
             Head::Tied => {
                 let vocab = self.config.vocab_size;
-                backend.linear(&ws.logit_hidden, count, &self.embed, &mut ws.logits, vocab, 0);
+                backend.linear(hidden, count, &self.embed, &mut ws.logits, vocab, 0);
             }
-            Head::Own(head) => head.forward(backend, &ws.logit_hidden, count, &mut ws.logits),
+            Head::Own(head) => head.forward(backend, hidden, count, &mut ws.logits),
         }
     }
 

@@ -4,6 +4,7 @@
 
 pub mod cli;
 pub mod demo;
+mod device;
 pub mod engine;
 pub mod http;
 pub mod model;

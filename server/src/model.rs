@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use config::{GenerationConfig as DefaultsFrom, ServerConfig};
-use kernels::Device;
 use models::checkpoint::{Checkpoint, CheckpointError};
 use models::{ConfigError, GenerationConfig, ModelConfig, ModelError};
 
-use crate::engine::{EngineError, EngineHandle, EngineOptions, KvCacheSize};
+use crate::device::{self, ShareOfCpu, engine_options};
+use crate::engine::{EngineError, EngineHandle};
 use crate::telemetry::{EngineMetrics, Telemetry};
 use crate::tokenizer::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 
@@ -37,6 +37,9 @@ pub enum LoadError {
     /// `--chat-template` for a model without a tokenizer.
     #[error("--chat-template has no effect: {} has no tokenizer.json", .0.display())]
     TemplateWithoutTokenizer(std::path::PathBuf),
+    /// A share of GPU memory for a model on the CPU.
+    #[error(transparent)]
+    Share(#[from] ShareOfCpu),
     /// The device, the weights, or the sizes.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -107,10 +110,9 @@ impl ServedModel {
             defaults =
                 GenerationConfig { eos_token_ids: defaults.eos_token_ids, ..GenerationConfig::default() };
         }
-        // The only device so far; the configuration refuses any other choice.
-        let device = Device::Cpu { threads: config.threads };
+        let device = device::choose(config);
         let observer = Box::new(EngineMetrics::new(telemetry));
-        let engine = EngineHandle::start(engine_options(config), observer, move || {
+        let engine = EngineHandle::start(engine_options(config, device)?, observer, move || {
             let backend = kernels::open(device)?;
             let model = models::load(backend.as_ref(), &checkpoint)?;
             Ok::<_, OpenError>((backend, model))
@@ -119,24 +121,12 @@ impl ServedModel {
             names: served_names(config, folder),
             root: folder.display().to_string(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            max_sequences: engine.info().max_num_seqs.saturating_add(config.max_num_queued_reqs),
             engine,
-            max_sequences: config.max_num_seqs.saturating_add(config.max_num_queued_reqs),
             tokenizer,
             chat_template,
             defaults,
         })
-    }
-}
-
-fn engine_options(config: &ServerConfig) -> EngineOptions {
-    let defaults = EngineOptions::default();
-    EngineOptions {
-        max_model_len: config.max_model_len,
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_num_queued_reqs: config.max_num_queued_reqs,
-        kv_cache: config.kv_cache_memory_bytes.map_or(defaults.kv_cache, KvCacheSize::Bytes),
-        kv_cache_dtype: config.kv_cache_dtype,
     }
 }
 

@@ -90,85 +90,80 @@ pub(super) fn check(result: CUresult, what: &str) {
     assert!(result == CUresult::CUDA_SUCCESS, "CUDA: {what}: {}", message(result));
 }
 
+fn success(result: CUresult) -> Result<(), String> {
+    if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(message(result)) }
+}
+
+fn unavailable(ordinal: usize, why: String) -> Error {
+    Error::Unavailable { device: format!("cuda:{ordinal}"), why }
+}
+
+/// Device `ordinal`, if it can run the kernels.
+fn find(ordinal: usize) -> Result<(sys::CUdevice, Properties)> {
+    // SAFETY: looks for the library, without running anything of it but its initializers.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(unavailable(ordinal, "there is no NVIDIA driver (libcuda.so)".to_owned()));
+    }
+    describe(ordinal).map_err(|why| unavailable(ordinal, why))
+}
+
+fn describe(ordinal: usize) -> Result<(sys::CUdevice, Properties), String> {
+    let (mut version, mut count, mut device) = (0, 0, 0);
+    let mut name = [0; 128];
+    // SAFETY: the library is there, and initialized first; everything is written to local variables of the sizes given.
+    unsafe {
+        success(sys::cuInit(0))?;
+        success(sys::cuDriverGetVersion(&raw mut version))?;
+        success(sys::cuDeviceGetCount(&raw mut count))?;
+        if version < DRIVER_VERSION {
+            let dotted = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+            let (is, needed) = (dotted(version), dotted(DRIVER_VERSION));
+            return Err(format!("the driver supports CUDA {is}, but {needed} is needed"));
+        }
+        if ordinal >= count as usize {
+            return Err(format!("the driver sees {count} device{}", if count == 1 { "" } else { "s" }));
+        }
+        success(sys::cuDeviceGet(&raw mut device, ordinal as i32))?;
+        success(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device))?;
+    }
+    let attribute = |attribute| {
+        let mut value = 0;
+        // SAFETY: the device exists; `value` is local.
+        success(unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, device) })?;
+        Ok::<_, String>(value as u32)
+    };
+    use sys::CUdevice_attribute as Attribute;
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    // SAFETY: the driver ends the name with a zero.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    if (major, minor) != (9, 0) {
+        return Err(format!("{name} has compute capability {major}.{minor}; the kernels are made for 9.0"));
+    }
+    let properties = Properties {
+        ordinal,
+        name,
+        sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    };
+    Ok((device, properties))
+}
+
 impl Context {
-    /// Number of devices; an error if there is no driver.
-    pub(crate) fn device_count() -> Result<usize> {
-        let unavailable = |why: String| Error::Unavailable { device: "cuda".to_owned(), why };
-        // SAFETY: looks for the library, without running anything of it but its initializers.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(unavailable("no NVIDIA driver (libcuda.so)".to_owned()));
-        }
-        let (mut version, mut count) = (0, 0);
-        // SAFETY: the library is there; the calls write to local variables.
-        let result = unsafe {
-            match sys::cuInit(0) {
-                CUresult::CUDA_SUCCESS => {
-                    check(sys::cuDriverGetVersion(&raw mut version), "driver version");
-                    sys::cuDeviceGetCount(&raw mut count)
-                }
-                error => error,
-            }
-        };
-        match result {
-            CUresult::CUDA_SUCCESS if count == 0 => Err(unavailable("no device".to_owned())),
-            CUresult::CUDA_SUCCESS if version < DRIVER_VERSION => Err(unavailable(format!(
-                "the driver supports CUDA {}.{}, but {}.0 is needed",
-                version / 1000,
-                version % 1000 / 10,
-                DRIVER_VERSION / 1000
-            ))),
-            CUresult::CUDA_SUCCESS => Ok(count as usize),
-            error => Err(unavailable(message(error))),
-        }
+    /// Whether [`open`](Self::open) has a chance.
+    pub(crate) fn check(ordinal: usize) -> Result<()> {
+        find(ordinal).map(|_| ())
     }
 
     /// Opens device `ordinal` and loads the kernels.
     pub(crate) fn open(ordinal: usize) -> Result<Self> {
-        let count = Self::device_count()?;
-        let unavailable = |why: String| Error::Unavailable { device: format!("cuda:{ordinal}"), why };
-        if ordinal >= count {
-            return Err(unavailable(format!("there {} {count}", if count == 1 { "is" } else { "are" })));
-        }
-        let or = |result: CUresult| match result {
-            CUresult::CUDA_SUCCESS => Ok(()),
-            error => Err(unavailable(message(error))),
-        };
-        let mut device = 0;
-        let mut name = [0; 128];
-        // SAFETY: the driver is initialized and the ordinal in range; everything is written to local variables of
-        // the sizes given.
-        unsafe {
-            or(sys::cuDeviceGet(&raw mut device, ordinal as i32))?;
-            or(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device))?;
-        }
-        let attribute = |attribute| {
-            let mut value = 0;
-            // SAFETY: as above.
-            or(unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, device) })?;
-            Ok::<_, Error>(value as u32)
-        };
-        use sys::CUdevice_attribute as Attribute;
-        let capability = [
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ];
-        // SAFETY: the driver ends the name with a zero.
-        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        if capability != [9, 0] {
-            let [major, minor] = capability;
-            let why = format!("{name} has compute capability {major}.{minor}; the kernels are made for 9.0");
-            return Err(unavailable(why));
-        }
-        let properties = Properties {
-            ordinal,
-            name,
-            sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        };
+        let (device, properties) = find(ordinal)?;
+        let or = |result| success(result).map_err(|why| unavailable(ordinal, why));
         let mut context = null_mut();
         // SAFETY: the device exists; `drop` releases what is retained here.
         or(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) })?;
-        let mut this = Self { device, stream: null_mut(), modules: Vec::new(), properties, context, held: Mutex::default() };
+        let (stream, modules, held) = (null_mut(), Vec::new(), Mutex::default());
+        let mut this = Self { device, context, stream, modules, properties, held };
         // SAFETY: the context was just retained, and the stream is created in it.
         unsafe {
             or(sys::cuCtxSetCurrent(context))?;
@@ -179,7 +174,7 @@ impl Context {
             let mut module = null_mut();
             // SAFETY: the image is a whole fatbin, as nvcc wrote it.
             let result = unsafe { sys::cuModuleLoadData(&raw mut module, fatbin.as_ptr().cast()) };
-            or(result).map_err(|_| unavailable(format!("{file}: {}", message(result))))?;
+            success(result).map_err(|why| unavailable(ordinal, format!("{file}: {why}")))?;
             this.modules.push(module);
         }
         Ok(this)

@@ -11,7 +11,6 @@ use models::Model;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::options::ModelNeeds;
 use super::stats::StatsCell;
 use super::{
     Batch, Engine, EngineError, EngineInfo, EngineObserver, EngineOptions, EngineStats, GenerateRequest,
@@ -249,13 +248,12 @@ fn build(
     status: Arc<Status>,
     commands: Receiver<Command>,
 ) -> Result<(Engine, EngineInfo), EngineError> {
-    let dtype = options.kv_cache_dtype;
-    let sizes = options.sizes(ModelNeeds::of(backend.as_ref(), model.as_ref(), dtype)?)?;
-    let info = EngineInfo::new(backend.as_ref(), model.as_ref(), sizes, dtype);
+    let (runner, sizes) = ModelRunner::new(backend, model, &options)?;
+    let info = runner.info(sizes, options.kv_cache_dtype);
     status.stats.kv_blocks_total.store(sizes.kv_blocks, Ordering::Relaxed);
     let engine = Engine {
         scheduler: Scheduler::new(sizes.limits, sizes.kv_blocks),
-        runner: ModelRunner::new(backend, model, sizes, dtype)?,
+        runner,
         clients: std::collections::BTreeMap::new(),
         observer,
         status,

@@ -5,6 +5,7 @@
 //! the scheduler takes note, clients hear of it. Device handles never leave the engine's thread.
 
 mod block_manager;
+mod decode_graphs;
 mod handle;
 mod options;
 mod request;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::{Backend, KV_BLOCK_TOKENS, KvCacheDtype, MemoryAccount};
+use kernels::{Backend, DeviceMemory, KV_BLOCK_TOKENS, KvCacheDtype, MemoryAccount};
 use models::{KvCache, LinearInfo, Model};
 
 use super::block_manager::blocks_for;
@@ -13,7 +13,7 @@ use super::scheduler::Limits;
 const TYPICAL_CONTEXT_TOKENS: usize = 2048;
 
 /// Size and limits of an engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EngineOptions {
     /// Most tokens of a sequence, prompt and output. `None`: as many as the model was made for and the cache holds.
     pub max_model_len: Option<usize>,
@@ -43,7 +43,7 @@ impl Default for EngineOptions {
 }
 
 /// Size of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum KvCacheSize {
     /// Room for `max_num_seqs` sequences of 2048 tokens and for one of `max_model_len`, within a bound.
     Auto {
@@ -54,6 +54,8 @@ pub enum KvCacheSize {
     Bytes(usize),
     /// This many blocks of [`KV_BLOCK_TOKENS`] tokens.
     Blocks(usize),
+    /// What is left of this share of the device's memory; on a device that has its own.
+    DeviceShare(f64),
 }
 
 /// Why an engine did not start.
@@ -91,6 +93,22 @@ pub enum EngineError {
         /// Bytes that one such sequence needs.
         needed_bytes: usize,
     },
+    /// A share was asked for of memory that the device does not have.
+    #[error("the KV cache is to take a share of the memory of {0}, which has none of its own")]
+    NoDeviceMemory(String),
+    /// Weights and workspace take more than the share of memory that was allowed.
+    #[error(
+        "no memory is left for the KV cache: {used} of {total} bytes are in use before it, and {share} of them may be; \
+         raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
+    )]
+    NothingLeft {
+        /// Bytes in use, by this process and others.
+        used: usize,
+        /// The device's memory.
+        total: usize,
+        /// Share of it that may be used.
+        share: f64,
+    },
     /// The engine's thread could not be started.
     #[error("cannot start the engine's thread: {0}")]
     Thread(#[from] std::io::Error),
@@ -114,11 +132,13 @@ pub(super) struct ModelNeeds {
     pub(super) max_model_len: usize,
     /// Bytes of one KV block in all layers.
     pub(super) block_bytes: usize,
+    /// The device's memory before the cache is allocated, if it has its own.
+    pub(super) memory: Option<DeviceMemory>,
 }
 
 impl EngineOptions {
-    /// Decides the sizes.
-    pub(super) fn sizes(&self, model: ModelNeeds) -> Result<Sizes, EngineError> {
+    /// The limits of a step.
+    pub(super) fn limits(&self) -> Result<Limits, EngineError> {
         for (name, value) in [
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
@@ -128,6 +148,12 @@ impl EngineOptions {
                 return Err(EngineError::Zero(name));
             }
         }
+        Ok(Limits { max_num_seqs: self.max_num_seqs, max_num_batched_tokens: self.max_num_batched_tokens })
+    }
+
+    /// Decides the sizes.
+    pub(super) fn sizes(&self, model: ModelNeeds, device: &str) -> Result<Sizes, EngineError> {
+        let limits = self.limits()?;
         let wanted_len = self.max_model_len.unwrap_or(model.max_model_len);
         if wanted_len > model.max_model_len {
             return Err(EngineError::MaxModelLen { asked: wanted_len, supported: model.max_model_len });
@@ -140,6 +166,16 @@ impl EngineOptions {
                 let wanted = self.max_num_seqs.saturating_mul(typical).max(blocks_for(wanted_len));
                 wanted.min(at_most_bytes / model.block_bytes)
             }
+            KvCacheSize::DeviceShare(share) => {
+                let DeviceMemory { free_bytes, total_bytes } =
+                    model.memory.ok_or_else(|| EngineError::NoDeviceMemory(device.to_owned()))?;
+                let used = total_bytes - free_bytes;
+                let left = ((total_bytes as f64 * share) as usize).saturating_sub(used);
+                if left < model.block_bytes {
+                    return Err(EngineError::NothingLeft { used, total: total_bytes, share });
+                }
+                left / model.block_bytes
+            }
         };
         let held = kv_blocks.saturating_mul(KV_BLOCK_TOKENS);
         // Shortening a length nobody asked for is help; shortening one that was asked for is a surprise.
@@ -147,8 +183,6 @@ impl EngineOptions {
             let needed_bytes = blocks_for(wanted_len).saturating_mul(model.block_bytes);
             return Err(EngineError::KvCacheTooSmall { held, asked: wanted_len, needed_bytes });
         }
-        let limits =
-            Limits { max_num_seqs: self.max_num_seqs, max_num_batched_tokens: self.max_num_batched_tokens };
         Ok(Sizes { limits, max_model_len: wanted_len.min(held), kv_blocks })
     }
 }
@@ -210,7 +244,7 @@ impl ModelNeeds {
     pub(super) fn of(backend: &dyn Backend, model: &dyn Model, dtype: KvCacheDtype) -> kernels::Result<Self> {
         let config = model.config();
         let block_bytes = KvCache::bytes_per_block(backend, config, dtype)?;
-        Ok(Self { max_model_len: config.max_model_len, block_bytes })
+        Ok(Self { max_model_len: config.max_model_len, block_bytes, memory: backend.device_memory() })
     }
 }
 
@@ -218,7 +252,7 @@ impl ModelNeeds {
 mod tests {
     use super::*;
 
-    const MODEL: ModelNeeds = ModelNeeds { max_model_len: 8192, block_bytes: 1000 };
+    const MODEL: ModelNeeds = ModelNeeds { max_model_len: 8192, block_bytes: 1000, memory: None };
 
     fn options(max_model_len: Option<usize>, kv_cache: KvCacheSize) -> EngineOptions {
         EngineOptions { max_model_len, kv_cache, max_num_seqs: 4, ..EngineOptions::default() }
@@ -237,7 +271,7 @@ mod tests {
             (Some(48), KvCacheSize::Blocks(3), (48, 3)),
         ];
         for (len, cache, (expected_len, expected_blocks)) in cases {
-            let sizes = options(len, cache).sizes(MODEL).unwrap();
+            let sizes = options(len, cache).sizes(MODEL, "cpu").unwrap();
             assert_eq!(
                 (sizes.max_model_len, sizes.kv_blocks),
                 (expected_len, expected_blocks),
@@ -248,7 +282,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_said_plainly() {
-        let fails = |options: EngineOptions| options.sizes(MODEL).unwrap_err().to_string();
+        let fails = |options: EngineOptions| options.sizes(MODEL, "cpu").unwrap_err().to_string();
         let auto = KvCacheSize::Auto { at_most_bytes: 1 << 40 };
         assert_eq!(
             fails(options(Some(10_000), auto)),
@@ -263,5 +297,20 @@ mod tests {
         assert_eq!(fails(options(Some(0), auto)), "max_model_len must be at least 1");
         let none_running = EngineOptions { max_num_seqs: 0, ..EngineOptions::default() };
         assert_eq!(fails(none_running), "max_num_seqs must be at least 1");
+        assert!(fails(options(None, KvCacheSize::DeviceShare(0.9))).contains("memory of cpu"));
+    }
+
+    #[test]
+    fn the_cache_takes_what_its_share_leaves() {
+        let memory = Some(DeviceMemory { free_bytes: 60_000, total_bytes: 100_000 });
+        let blocks = |share| {
+            let options = options(None, KvCacheSize::DeviceShare(share));
+            options.sizes(ModelNeeds { memory, ..MODEL }, "cuda:0").map(|sizes| sizes.kv_blocks)
+        };
+        assert_eq!((blocks(0.9).unwrap(), blocks(1.0).unwrap()), (50, 60));
+        for share in [0.1, 0.4] {
+            let error = blocks(share).unwrap_err().to_string();
+            assert!(error.contains("40000 of 100000") && error.contains("gpu_memory_utilization"), "{error}");
+        }
     }
 }

@@ -5,14 +5,15 @@ use kernels::{Backend, KvCacheDtype, TokenLogprobs};
 use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 
 use super::block_manager::blocks_for;
-use super::options::Sizes;
+use super::decode_graphs::{DecodeGraphs, DecodeStep};
+use super::options::{EngineError, EngineInfo, EngineOptions, ModelNeeds, Sizes};
 use super::sampler::{Drawn, Sampler};
 use super::scheduler::Batch;
 use super::sequence::Sequence;
 
-/// Most rows of logits that are held at a time. Enough for the head's product to be efficient; 64 rows of the largest
-/// vocabularies (256 Ki) are 64 MiB.
-const MAX_LOGIT_ROWS: usize = 64;
+/// Rows of logits that are held at a time, if no more sequences run. Enough for the head's product to be efficient; 64
+/// rows of the largest vocabularies (256 Ki) are 64 MiB.
+const MIN_LOGIT_ROWS: usize = 64;
 
 /// The device, the model, and the memory that steps use: allocated once.
 pub(super) struct ModelRunner {
@@ -22,6 +23,7 @@ pub(super) struct ModelRunner {
     step: StepInputs,
     workspace: Workspace,
     sampler: Sampler,
+    graphs: DecodeGraphs,
     /// Rows of the current chunk of logits; kept for its memory.
     rows: Vec<u32>,
 }
@@ -47,37 +49,54 @@ struct PromptRow {
 }
 
 impl ModelRunner {
-    /// Allocates the KV cache and the memory of steps.
+    /// Allocates the memory of steps, then the KV cache of what is left, as `options` say. A device that records steps
+    /// does so here.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Out of memory, or sizes that do not fit the model.
     pub(super) fn new(
         backend: Box<dyn Backend>,
         model: Box<dyn Model>,
-        sizes: Sizes,
-        kv_cache_dtype: KvCacheDtype,
-    ) -> kernels::Result<Self> {
-        let device = backend.as_ref();
-        let config = model.config();
-        let Sizes { limits, max_model_len, kv_blocks } = sizes;
-        // A step has no more sequences than tokens.
-        let max_sequences = limits.max_num_seqs.min(limits.max_num_batched_tokens);
+        options: &EngineOptions,
+    ) -> Result<(Self, Sizes), EngineError> {
+        let (device, config) = (backend.as_ref(), model.config());
+        let dtype = options.kv_cache_dtype;
+        let limits = options.limits()?;
         let max_tokens = limits.max_num_batched_tokens;
-        let logit_rows = MAX_LOGIT_ROWS.min(max_tokens);
-        Ok(Self {
-            kv_cache: KvCache::new(device, config, kv_blocks, kv_cache_dtype)?,
-            step: StepInputs::new(device, max_tokens, max_sequences, blocks_for(max_model_len))?,
-            workspace: Workspace::new(device, config, max_tokens, logit_rows)?,
-            sampler: Sampler::new(device, config.vocab_size, logit_rows)?,
-            rows: Vec::with_capacity(logit_rows),
-            backend,
-            model,
-        })
+        // A step has no more sequences than tokens.
+        let max_sequences = limits.max_num_seqs.min(max_tokens);
+        let logit_rows = max_sequences.max(MIN_LOGIT_ROWS).min(max_tokens);
+        let mut workspace = Workspace::new(device, config, max_tokens, logit_rows)?;
+        let sampler = Sampler::new(device, config.vocab_size, logit_rows)?;
+        if device.captures() {
+            warm_up(device, model.as_ref(), &mut workspace, max_tokens, dtype)?;
+        }
+        let needs = ModelNeeds::of(device, model.as_ref(), dtype)?;
+        let sizes = options.sizes(needs, &device.description())?;
+        // One block more for the padding of recorded steps.
+        let blocks = sizes.kv_blocks + usize::from(device.captures());
+        let mut kv_cache = KvCache::new(device, config, blocks, dtype)?;
+        let mut step = StepInputs::new(device, max_tokens, max_sequences, blocks_for(sizes.max_model_len))?;
+        let decode = DecodeStep {
+            backend: device,
+            model: model.as_ref(),
+            inputs: &mut step,
+            kv_cache: &mut kv_cache,
+            workspace: &mut workspace,
+        };
+        let graphs = DecodeGraphs::record(decode, max_sequences, sizes.kv_blocks as u32);
+        let rows = Vec::with_capacity(logit_rows);
+        Ok((Self { kv_cache, step, workspace, sampler, graphs, rows, backend, model }, sizes))
+    }
+
+    /// What runs, for people and metrics.
+    pub(super) fn info(&self, sizes: Sizes, dtype: KvCacheDtype) -> EngineInfo {
+        EngineInfo::new(self.backend.as_ref(), self.model.as_ref(), sizes, dtype)
     }
 
     /// Computes `batch`, a plan for the sequences `running`.
     pub(super) fn run(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
-        let steps: Vec<StepSequence<'_>> = batch
+        let mut steps: Vec<StepSequence<'_>> = batch
             .items
             .iter()
             .map(|item| {
@@ -90,15 +109,28 @@ impl ModelRunner {
                 }
             })
             .collect();
-        self.step.fill(self.backend.as_ref(), &steps);
-        self.model.forward(self.backend.as_ref(), &self.step, &mut self.kv_cache, &mut self.workspace);
-        self.sample(running, batch, output);
+        output.drawn.clear();
+        let is_decode = batch.items.iter().all(|item| item.tokens == 1 && item.samples);
+        let recorded = self.graphs.for_sequences(steps.len()).filter(|_| is_decode);
+        if let Some((size, graph)) = recorded {
+            steps.extend(self.graphs.padding(size - steps.len()));
+            self.step.fill(self.backend.as_ref(), &steps);
+            self.backend.replay(graph);
+            let sequences: Vec<&Sequence> = batch.items.iter().map(|item| &running[item.index]).collect();
+            let logits = self.workspace.logits_mut();
+            self.sampler.draw(self.backend.as_ref(), logits, &sequences, &mut output.drawn);
+        } else {
+            self.step.fill(self.backend.as_ref(), &steps);
+            self.model.forward(self.backend.as_ref(), &self.step, &mut self.kv_cache, &mut self.workspace);
+            self.sample(running, batch, output);
+        }
+        output.tokens.clear();
+        output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));
         self.score_prompts(running, batch, output);
     }
 
     /// Draws a token for each item that samples, from the logits of its last row.
     fn sample(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
-        output.drawn.clear();
         let mut end = 0;
         let due: Vec<(u32, &Sequence)> = batch
             .items
@@ -114,8 +146,6 @@ impl ModelRunner {
             let logits = self.workspace.logits_mut();
             self.sampler.draw(self.backend.as_ref(), logits, &sequences, &mut output.drawn);
         }
-        output.tokens.clear();
-        output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));
     }
 
     /// Scores the prompt tokens that rows of this batch predict, for the sequences that want it.
@@ -144,6 +174,27 @@ impl ModelRunner {
         self.rows.extend(rows);
         self.model.logits(self.backend.as_ref(), &self.rows, &mut self.workspace);
     }
+}
+
+/// Runs the largest step, so that all scratch memory has been allocated when the memory that is left is measured.
+fn warm_up(
+    backend: &dyn Backend,
+    model: &dyn Model,
+    workspace: &mut Workspace,
+    max_tokens: usize,
+    dtype: KvCacheDtype,
+) -> kernels::Result<()> {
+    let tokens = vec![0; max_tokens];
+    let block_table = vec![0; blocks_for(max_tokens)];
+    let mut kv_cache = KvCache::new(backend, model.config(), 1, dtype)?;
+    let mut step = StepInputs::new(backend, max_tokens, 1, block_table.len())?;
+    let longest = StepSequence { tokens: &tokens, first_position: 0, block_table: &block_table };
+    step.fill(backend, &[longest]);
+    model.forward(backend, &step, &mut kv_cache, workspace);
+    let rows: Vec<u32> = (0..workspace.max_logit_rows() as u32).collect();
+    model.logits(backend, &rows, workspace);
+    backend.read_f32(workspace.logits(), 0, &mut [0.0]);
+    Ok(())
 }
 
 /// The rows of `batch` whose next token is a prompt token that has not been scored yet.
