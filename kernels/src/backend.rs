@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
-use crate::kv_cache_dtype::KvCacheDtype;
 use crate::graph::Graph;
+use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, MxTensor, ScaleRounding, Scheme};
 use crate::weight::Weight;
 

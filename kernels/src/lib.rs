@@ -8,8 +8,8 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
-mod kv_cache_dtype;
 mod graph;
+mod kv_cache_dtype;
 pub mod mx;
 pub mod reference;
 pub mod tile;
@@ -21,6 +21,6 @@ pub use backend::{
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
 pub use error::{Error, Result};
-pub use kv_cache_dtype::KvCacheDtype;
 pub use graph::Graph;
+pub use kv_cache_dtype::KvCacheDtype;
 pub use weight::Weight;
