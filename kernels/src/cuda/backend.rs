@@ -97,3 +97,110 @@ fn address(buffer: &Buffer, dtype: Dtype, len: usize) -> DevicePtr {
     assert!(buffer.len() >= len, "{len} elements are expected, this buffer has {}", buffer.len());
     device_memory(buffer).ptr()
 }
+
+impl Backend for CudaBackend {
+    fn description(&self) -> String {
+        let properties = self.context.properties();
+        format!("{}, cuda:{}", properties.name, properties.ordinal)
+    }
+
+    fn linear_kernel(&self, scheme: Option<Scheme>) -> LinearKernel {
+        self.linear.kernel(scheme)
+    }
+
+    fn memory(&self) -> &Arc<MemoryAccount> {
+        &self.memory
+    }
+
+    fn device_memory(&self) -> Option<DeviceMemory> {
+        self.context.synchronize();
+        let (free_bytes, total_bytes) = self.context.memory_info();
+        Some(DeviceMemory { free_bytes, total_bytes })
+    }
+
+    fn captures(&self) -> bool {
+        true
+    }
+
+    fn capture(&self, step: &mut dyn FnMut()) -> crate::Graph {
+        crate::Graph(GraphKind::Cuda(Graph::capture(&self.context, step)))
+    }
+
+    fn replay(&self, graph: &crate::Graph) {
+        let GraphKind::Cuda(graph) = &graph.0;
+        graph.replay();
+    }
+
+    fn activation_dtype(&self) -> Dtype {
+        Dtype::Bf16
+    }
+
+    fn alloc(&self, dtype: Dtype, len: usize, component: Component) -> Result<Buffer> {
+        let bytes = len * dtype.size_bytes();
+        let memory = DeviceBuffer::zeroed(&self.context, bytes, component.label())?;
+        Ok(Buffer::new(Storage::Cuda { memory, dtype, len }, self.memory.charge(component, bytes)))
+    }
+
+    fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        let first = parts.first().expect("a weight has at least one part");
+        assert!(parts.iter().all(|part| part.stacks_with(first)), "parts stack with each other");
+        let rows = parts.iter().map(|part| part.shape()[0]).sum();
+        assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
+        let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
+        let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
+        let layout = TileLayout { format, shape, order: RowOrder::Stacked };
+        let weight = self.state.borrow_mut().uploader.upload(layout, parts, bias)?;
+        let bytes = weight.bytes();
+        let scales = weight.scale_bytes();
+        let codes = if scheme.is_some() { Component::Weights } else { Component::Unquantized };
+        let mut charges =
+            vec![self.memory.charge(codes, bytes - scales), self.memory.charge(Component::Scales, scales)];
+        if let Some(bias) = bias {
+            charges.push(self.memory.charge(Component::Unquantized, size_of_val(bias)));
+        }
+        Ok(Weight { shape, scheme, data: WeightData::Cuda(weight), bias: None, _charges: charges, bytes })
+    }
+
+    fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {
+        match &mut buffer.storage {
+            Storage::Cuda { memory, dtype: Dtype::F32, .. } => memory.write(offset * 4, bytes_of(values)),
+            Storage::Cuda { memory, dtype: Dtype::Bf16, .. } => {
+                let rounded: Vec<u16> = values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+                memory.write(offset * 2, bytes_of(&rounded));
+            }
+            _ => panic!("floats do not go into a buffer of {:?}", buffer.dtype()),
+        }
+    }
+
+    fn write_u32(&self, buffer: &mut Buffer, offset: usize, values: &[u32]) {
+        match &mut buffer.storage {
+            Storage::Cuda { memory, dtype: Dtype::U32, .. } => memory.write(offset * 4, bytes_of(values)),
+            _ => panic!("integers do not go into a buffer of {:?}", buffer.dtype()),
+        }
+    }
+
+    fn write_inputs(&self, writes: &mut [InputWrite<'_>]) {
+        if let Err(error) = self.state.borrow_mut().staging.write_inputs(writes) {
+            panic!("step inputs: {error}");
+        }
+    }
+
+    fn read_f32(&self, buffer: &Buffer, offset: usize, values: &mut [f32]) {
+        match buffer.dtype() {
+            Dtype::F32 => self.read(buffer, offset * 4, bytes_of_mut(values)),
+            Dtype::Bf16 => {
+                let mut rounded = vec![0_u16; values.len()];
+                self.read(buffer, offset * 2, bytes_of_mut(&mut rounded));
+                for (out, bits) in values.iter_mut().zip(rounded) {
+                    *out = bf16::from_bits(bits).to_f32();
+                }
+            }
+            Dtype::U32 => panic!("floats do not come from a U32 buffer"),
+        }
+    }
+
+    fn read_u32(&self, buffer: &Buffer, offset: usize, values: &mut [u32]) {
+        assert!(buffer.dtype() == Dtype::U32, "integers do not come from a buffer of {:?}", buffer.dtype());
+        self.read(buffer, offset * 4, bytes_of_mut(values));
+    }
+}

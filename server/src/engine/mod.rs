@@ -73,21 +73,28 @@ impl Engine {
         self.abort_all();
     }
 
-    /// One step: who runs, run it, take note, tell.
+    /// One step: who runs, run it, take note, tell. Where the device computes by itself, clients hear of a step while the
+    /// next one runs.
     fn step(&mut self) {
         self.drop_cancelled();
         self.scheduler.schedule(&mut self.batch);
         if self.batch.items.is_empty() {
+            self.tell();
             return self.publish();
         }
         self.note_scheduled();
-        self.runner.run(self.scheduler.running(), &self.batch, &mut self.output);
+        self.runner.launch(self.scheduler.running(), &self.batch);
+        self.tell();
+        self.runner.finish(self.scheduler.running(), &self.batch, &mut self.output);
         for (index, logprobs) in self.output.prompt_logprobs.drain(..) {
             self.scheduler.running_mut()[index].score_prompt(logprobs);
         }
         self.scheduler.commit(&self.batch, &self.output.tokens, &mut self.updates);
         self.publish();
-        self.tell();
+        self.observer.step(self.batch.tokens());
+        if !self.runner.is_asynchronous() || self.scheduler.is_idle() {
+            self.tell();
+        }
     }
 
     /// Takes new work; waits for it when there is none, so an idle engine uses no processor.
@@ -161,7 +168,6 @@ impl Engine {
     /// Tells clients and the observer what the step brought.
     fn tell(&mut self) {
         let now = Instant::now();
-        self.observer.step(self.batch.tokens());
         let mut drawn = self.output.drawn.drain(..);
         let mut ended = Vec::new();
         for update in self.updates.drain(..) {
@@ -200,6 +206,7 @@ impl Engine {
 
     /// Ends everything that is left.
     fn abort_all(&mut self) {
+        self.tell();
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submissions) = command {
                 submissions.into_iter().for_each(|submission| self.accept(submission));

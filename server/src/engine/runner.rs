@@ -24,6 +24,8 @@ pub(super) struct ModelRunner {
     workspace: Workspace,
     sampler: Sampler,
     graphs: DecodeGraphs,
+    /// Whether the launched step has left the logits of its rows, one for each sequence, in the workspace.
+    has_logits: bool,
     /// Rows of the current chunk of logits; kept for its memory.
     rows: Vec<u32>,
 }
@@ -86,7 +88,10 @@ impl ModelRunner {
         };
         let graphs = DecodeGraphs::record(decode, max_sequences, sizes.kv_blocks as u32);
         let rows = Vec::with_capacity(logit_rows);
-        Ok((Self { kv_cache, step, workspace, sampler, graphs, rows, backend, model }, sizes))
+        Ok((
+            Self { kv_cache, step, workspace, sampler, graphs, has_logits: false, rows, backend, model },
+            sizes,
+        ))
     }
 
     /// What runs, for people and metrics.
@@ -94,8 +99,14 @@ impl ModelRunner {
         EngineInfo::new(self.backend.as_ref(), self.model.as_ref(), sizes, dtype)
     }
 
-    /// Computes `batch`, a plan for the sequences `running`.
-    pub(super) fn run(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+    /// Whether the device computes while the host goes on, between [`launch`](Self::launch) and
+    /// [`finish`](Self::finish).
+    pub(super) fn is_asynchronous(&self) -> bool {
+        self.backend.captures()
+    }
+
+    /// Starts computing `batch`, a plan for the sequences `running`.
+    pub(super) fn launch(&mut self, running: &[Sequence], batch: &Batch) {
         let mut steps: Vec<StepSequence<'_>> = batch
             .items
             .iter()
@@ -109,28 +120,30 @@ impl ModelRunner {
                 }
             })
             .collect();
-        output.drawn.clear();
+        let backend = self.backend.as_ref();
         let is_decode = batch.items.iter().all(|item| item.tokens == 1 && item.samples);
         let recorded = self.graphs.for_sequences(steps.len()).filter(|_| is_decode);
+        self.has_logits = recorded.is_some();
         if let Some((size, graph)) = recorded {
             steps.extend(self.graphs.padding(size - steps.len()));
-            self.step.fill(self.backend.as_ref(), &steps);
-            self.backend.replay(graph);
-            let sequences: Vec<&Sequence> = batch.items.iter().map(|item| &running[item.index]).collect();
-            let logits = self.workspace.logits_mut();
-            self.sampler.draw(self.backend.as_ref(), logits, &sequences, &mut output.drawn);
+            self.step.fill(backend, &steps);
+            backend.replay(graph);
         } else {
-            self.step.fill(self.backend.as_ref(), &steps);
-            self.model.forward(self.backend.as_ref(), &self.step, &mut self.kv_cache, &mut self.workspace);
-            self.sample(running, batch, output);
+            self.step.fill(backend, &steps);
+            self.model.forward(backend, &self.step, &mut self.kv_cache, &mut self.workspace);
         }
-        output.tokens.clear();
-        output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));
+    }
+
+    /// Draws tokens and scores prompts of `batch`, which was [launched](Self::launch) for the same sequences; waits for
+    /// the device.
+    pub(super) fn finish(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+        self.sample(running, batch, output);
         self.score_prompts(running, batch, output);
     }
 
     /// Draws a token for each item that samples, from the logits of its last row.
     fn sample(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+        output.drawn.clear();
         let mut end = 0;
         let due: Vec<(u32, &Sequence)> = batch
             .items
@@ -141,11 +154,15 @@ impl ModelRunner {
             })
             .collect();
         for chunk in due.chunks(self.workspace.max_logit_rows()) {
-            self.logits(chunk.iter().map(|&(row, _)| row));
+            if !self.has_logits {
+                self.logits(chunk.iter().map(|&(row, _)| row));
+            }
             let sequences: Vec<&Sequence> = chunk.iter().map(|&(_, sequence)| sequence).collect();
             let logits = self.workspace.logits_mut();
             self.sampler.draw(self.backend.as_ref(), logits, &sequences, &mut output.drawn);
         }
+        output.tokens.clear();
+        output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));
     }
 
     /// Scores the prompt tokens that rows of this batch predict, for the sequences that want it.
