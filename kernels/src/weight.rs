@@ -18,6 +18,8 @@ pub struct Weight {
 #[derive(Debug)]
 pub(crate) enum WeightData {
     Cpu(PackedWeight),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::TiledWeight),
 }
 
 impl Weight {

@@ -11,6 +11,30 @@ use crate::error::{Error, Result};
 /// An address on the device.
 pub(crate) type DevicePtr = sys::CUdeviceptr;
 
+/// Numbers without padding, any bits of which are a value.
+///
+/// # Safety
+/// As it says.
+pub(crate) unsafe trait Number: Copy {}
+// SAFETY: as the trait asks.
+unsafe impl Number for f32 {}
+// SAFETY: as above.
+unsafe impl Number for u32 {}
+// SAFETY: as above.
+unsafe impl Number for u16 {}
+
+/// The bytes of `values`, as the device reads them.
+pub(crate) fn bytes_of<T: Number>(values: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// The bytes of `values`, to be written by the device.
+pub(crate) fn bytes_of_mut<T: Number>(values: &mut [T]) -> &mut [u8] {
+    // SAFETY: numbers have no padding, and any bits are a number.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
 /// Device memory, freed on drop.
 #[derive(Debug)]
 pub(crate) struct DeviceBuffer {

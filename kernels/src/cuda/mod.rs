@@ -5,9 +5,11 @@ mod graph;
 mod launch;
 mod memory;
 mod staging;
+mod weight;
 
 pub(crate) use self::context::{Context, Function, Properties};
 pub(crate) use self::graph::Graph;
 pub(crate) use self::launch::{Argument, Launch};
 pub(crate) use self::memory::{DeviceBuffer, DevicePtr, PinnedBuffer};
 pub(crate) use self::staging::Staging;
+pub(crate) use self::weight::{TiledWeight, Uploader};

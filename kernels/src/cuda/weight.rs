@@ -8,10 +8,10 @@ use std::thread;
 use cudarc::driver::sys;
 
 use super::context::{Context, check};
-use super::memory::{DeviceBuffer, DevicePtr, PinnedBuffer};
+use super::memory::{DeviceBuffer, DevicePtr, PinnedBuffer, bytes_of};
 use crate::backend::WeightSource;
 use crate::error::Result;
-use crate::tile::{self, Rows, TILE_ROWS, TileLayout};
+use crate::tile::{self, TILE_ROWS, TileLayout};
 
 /// Bytes that are packed, then copied, at a time.
 const PIECE_BYTES: usize = 32 << 20;
@@ -60,6 +60,13 @@ impl TiledWeight {
     /// Bytes held, without the bias.
     pub(crate) fn bytes(&self) -> usize {
         self.tiles.bytes() + self.factors.bytes()
+    }
+
+    /// Bytes of these that hold scales: those of tiles, and the row factors.
+    pub(crate) fn scale_bytes(&self) -> usize {
+        let format = self.layout.format;
+        let tiles = self.tiles.bytes() / format.tile_bytes();
+        tiles * (format.tile_bytes() - format.code_bytes()) + self.factors.bytes()
     }
 }
 
@@ -114,8 +121,15 @@ impl Uploader {
                 piece.memory = PinnedBuffer::new(&self.context, bytes)?;
             }
             let rows = first * TILE_ROWS..(first + count) * TILE_ROWS;
-            let rows = Rows { factors: &mut factors[rows.clone()], spreads: &mut spreads[rows] };
-            pack_parallel(self.threads, &layout, parts, first, &mut piece.memory.as_mut_slice()[..bytes], rows);
+            let rows = (&mut factors[rows.clone()], &mut spreads[rows]);
+            pack_parallel(
+                self.threads,
+                &layout,
+                parts,
+                first,
+                &mut piece.memory.as_mut_slice()[..bytes],
+                rows,
+            );
             // SAFETY: the piece is not written before its event, which is recorded after the copy.
             unsafe {
                 tiles.write_pinned(first * layout.row_tile_bytes(), &piece.memory, bytes);
@@ -144,15 +158,6 @@ impl Drop for Uploader {
     }
 }
 
-/// The bytes of `values`, as the device reads them.
-pub(super) fn bytes_of<T: Copy>(values: &[T]) -> &[u8]
-where
-    T: super::launch::Argument,
-{
-    // SAFETY: arguments of kernels are plain numbers, without padding.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
-}
-
 /// Packs row tiles from `first` on into `tiles`, by up to `threads` threads.
 fn pack_parallel(
     threads: usize,
@@ -160,7 +165,7 @@ fn pack_parallel(
     parts: &[WeightSource<'_>],
     first: usize,
     tiles: &mut [u8],
-    rows: Rows<'_>,
+    (factors, spreads): (&mut [f32], &mut [u8]),
 ) {
     let count = tiles.len() / layout.row_tile_bytes();
     let threads = threads.min(tiles.len().div_ceil(BYTES_PER_THREAD)).clamp(1, count.max(1));
@@ -168,11 +173,10 @@ fn pack_parallel(
     thread::scope(|scope| {
         let pieces = tiles
             .chunks_mut(each * layout.row_tile_bytes())
-            .zip(rows.factors.chunks_mut(each * TILE_ROWS))
-            .zip(rows.spreads.chunks_mut(each * TILE_ROWS));
+            .zip(factors.chunks_mut(each * TILE_ROWS))
+            .zip(spreads.chunks_mut(each * TILE_ROWS));
         for (index, ((tiles, factors), spreads)) in pieces.enumerate() {
-            let rows = Rows { factors, spreads };
-            let pack = move || tile::pack(layout, parts, first + index * each, tiles, rows);
+            let pack = move || tile::pack(layout, parts, first + index * each, tiles, factors, spreads);
             if threads == 1 {
                 pack();
             } else {
