@@ -16,6 +16,9 @@ use crate::tile::{self, TILE_ROWS, TileLayout};
 /// Bytes that are packed, then copied, at a time.
 const PIECE_BYTES: usize = 32 << 20;
 
+/// Pieces that are packed and copied in turn.
+const PIECES: usize = 2;
+
 /// Bytes of tiles below which another thread is not worth starting.
 const BYTES_PER_THREAD: usize = 1 << 20;
 
@@ -75,7 +78,7 @@ impl TiledWeight {
 pub(crate) struct Uploader {
     context: Arc<Context>,
     threads: usize,
-    pieces: [Piece; 2],
+    pieces: [Piece; PIECES],
     next: usize,
 }
 
@@ -114,7 +117,7 @@ impl Uploader {
             let count = row_tiles.min(layout.row_tiles() - first);
             let bytes = count * layout.row_tile_bytes();
             let piece = &mut self.pieces[self.next];
-            self.next = (self.next + 1) % self.pieces.len();
+            self.next = (self.next + 1) % PIECES;
             // SAFETY: the event is the piece's own; one that was never recorded has happened.
             check(unsafe { sys::cuEventSynchronize(piece.copied) }, "wait for an event");
             if piece.memory.bytes() < bytes {
@@ -176,7 +179,7 @@ fn pack_parallel(
             .zip(factors.chunks_mut(each * TILE_ROWS))
             .zip(spreads.chunks_mut(each * TILE_ROWS));
         for (index, ((tiles, factors), spreads)) in pieces.enumerate() {
-            let pack = move || tile::pack(layout, parts, first + index * each, tiles, factors, spreads);
+            let mut pack = move || tile::pack(layout, parts, first + index * each, tiles, factors, spreads);
             if threads == 1 {
                 pack();
             } else {
