@@ -1,0 +1,52 @@
+// Which rows a CTA of a prefill kernel works on.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/vector.cuh"
+
+namespace ops {
+
+/// A tile of consecutive rows of one sequence.
+struct QueryTile {
+    /// First row of the step, rows in use; 0 when there is no such tile.
+    int row, rows;
+    int sequence;
+    /// Position of the first row.
+    int position;
+};
+
+/// Tile `index` of the sequences with more than one row (those with one are left to the decode kernel): sequences in
+/// order, the last rows of each first, as they see the most keys. To be called by whole warps, all with one `index`.
+template <int TILE_ROWS>
+__device__ __forceinline__ QueryTile find_tile(const uint32_t* query_start, const uint32_t* context_lens, int sequences,
+                                               int index) {
+    const int lane = threadIdx.x % WARP;
+    int before = 0;
+    for (int base = 0; base < sequences; base += WARP) {
+        const int sequence = base + lane;
+        const int start = sequence < sequences ? query_start[sequence] : 0;
+        const int rows = sequence < sequences ? query_start[sequence + 1] - start : 0;
+        const int tiles = rows > 1 ? (rows + TILE_ROWS - 1) / TILE_ROWS : 0;
+        int end = tiles;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int lower = __shfl_up_sync(0xFFFFFFFFu, end, step);
+            if (lane >= step) end += lower;
+        }
+        end += before;
+        const unsigned holders = __ballot_sync(0xFFFFFFFFu, index < end);
+        if (holders != 0) {
+            const int holder = __ffs(holders) - 1;
+            const int tile = __shfl_sync(0xFFFFFFFFu, end - 1 - index, holder);
+            const int first = __shfl_sync(0xFFFFFFFFu, start, holder), count = __shfl_sync(0xFFFFFFFFu, rows, holder);
+            const int context = context_lens[base + holder];
+            return {first + tile * TILE_ROWS, min(TILE_ROWS, count - tile * TILE_ROWS), base + holder,
+                    context - count + tile * TILE_ROWS};
+        }
+        before = __shfl_sync(0xFFFFFFFFu, end, WARP - 1);
+    }
+    return {0, 0, 0, 0};
+}
+
+}  // namespace ops
