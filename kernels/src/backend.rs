@@ -125,7 +125,9 @@ pub struct PagedKv {
 /// Which rows of a step belong to which sequence, and where their keys and values are.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionInputs<'a> {
-    /// Number of sequences S.
+    /// Number of rows M, of all sequences together.
+    pub rows: usize,
+    /// Number of sequences S; each has at least one row.
     pub sequences: usize,
     /// U32 `[S + 1]`: rows `query_start[s] .. query_start[s + 1]` belong to sequence `s`, in position order.
     pub query_start: &'a Buffer,

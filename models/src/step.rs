@@ -137,6 +137,7 @@ impl StepInputs {
     /// The current step, as attention wants it.
     pub(crate) fn attention(&self) -> AttentionInputs<'_> {
         AttentionInputs {
+            rows: self.rows,
             sequences: self.sequences,
             query_start: &self.query_start,
             context_lens: &self.context_lens,

@@ -383,6 +383,7 @@ fn run_attention(
         backend.rope_and_cache(&mut x, heads, &rope, None, &upload_u32(backend, &slots), m, &mut cache);
         let mut y = poison(backend, m * heads.q_width());
         let inputs = AttentionInputs {
+            rows: m,
             sequences: ids.len(),
             query_start: &upload_u32(backend, &query_start),
             context_lens: &upload_u32(backend, &contexts),

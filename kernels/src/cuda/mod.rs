@@ -4,6 +4,7 @@ mod context;
 mod graph;
 mod launch;
 mod memory;
+mod ops;
 mod staging;
 mod weight;
 

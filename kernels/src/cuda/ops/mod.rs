@@ -1,0 +1,51 @@
+//! Launchers of every operator but `linear`; a file per family, named as its device code in `cuda/ops`.
+
+mod attention;
+mod embed;
+mod norm;
+mod rope;
+mod rows;
+mod sampling;
+
+pub(crate) use self::attention::AttentionOperator;
+pub(crate) use self::embed::EmbedOperator;
+pub(crate) use self::norm::NormOperator;
+pub(crate) use self::rope::RopeOperator;
+pub(crate) use self::rows::RowOperator;
+pub(crate) use self::sampling::{LogprobsOperator, SampleOperator};
+
+use super::DevicePtr;
+use crate::buffer::{Buffer, Dtype, Storage};
+
+/// Threads of a warp.
+const WARP: usize = 32;
+
+/// Head dimensions that have kernels.
+pub(crate) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+
+/// The address of a buffer that holds at least `len` elements of `dtype`.
+///
+/// # Panics
+/// It has another element type, fewer elements, or is of another device.
+#[track_caller]
+fn address(buffer: &Buffer, dtype: Dtype, len: usize) -> DevicePtr {
+    assert!(buffer.len() >= len, "a buffer of {} elements where {len} are used", buffer.len());
+    match &buffer.storage {
+        Storage::Cuda { memory, dtype: actual, .. } if *actual == dtype => memory.ptr(),
+        Storage::Cuda { dtype: actual, .. } => panic!("a buffer of {actual:?} where {dtype:?} is expected"),
+        _ => panic!("a buffer of another device"),
+    }
+}
+
+/// The place of `dim` among [`HEAD_DIMS`].
+#[track_caller]
+fn head_dim_index(dim: usize) -> usize {
+    let index = HEAD_DIMS.iter().position(|&d| d == dim);
+    index.unwrap_or_else(|| panic!("no kernel for heads of {dim} elements"))
+}
+
+/// A dimension as kernels take it.
+#[track_caller]
+fn int(value: usize) -> i32 {
+    i32::try_from(value).expect("dimensions fit 31 bits")
+}
