@@ -184,8 +184,7 @@ impl AttentionOperator {
         let rows = cut.most_shared_rows();
         let (results, arrivals) = (rows * cut.result_floats(heads.dim) * 4, rows * cut.tiles * 4);
         let mut scratch = self.scratch.borrow_mut();
-        let enough =
-            |s: &Scratch| s.results.bytes() >= results && s.arrivals.bytes() >= arrivals;
+        let enough = |s: &Scratch| s.results.bytes() >= results && s.arrivals.bytes() >= arrivals;
         if results == 0 || scratch.as_ref().is_some_and(enough) {
             return Ok(());
         }

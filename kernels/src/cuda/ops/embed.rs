@@ -51,7 +51,8 @@ impl EmbedOperator {
             return;
         }
         let [table_rows, cols] = layout.shape;
-        let format = TileFormat::ALL.iter().position(|&f| f == layout.format).expect("every format is listed");
+        let format =
+            TileFormat::ALL.iter().position(|&f| f == layout.format).expect("every format is listed");
         let dtype = out.dtype();
         let kernel = &self.kernels[format][usize::from(dtype == Dtype::Bf16)];
         let tokens = address(tokens, Dtype::U32, rows);

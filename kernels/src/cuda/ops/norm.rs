@@ -26,7 +26,8 @@ pub(crate) struct NormOperator {
 
 impl NormOperator {
     pub(crate) fn new(context: &Arc<Context>) -> Self {
-        let resolve = |names: [[&'static str; 2]; 2]| names.map(|pair| pair.map(|name| context.function(name)));
+        let resolve =
+            |names: [[&'static str; 2]; 2]| names.map(|pair| pair.map(|name| context.function(name)));
         Self {
             norm: resolve([
                 ["ops_rms_norm_f32_1", "ops_rms_norm_f32_4"],
@@ -68,17 +69,28 @@ impl NormOperator {
         let weight = address(weight, Dtype::F32, width);
         let out = address(out, Dtype::Bf16, rows * width);
         // SAFETY: as above.
-        unsafe { self.context.launch(kernel, &launch, &[&delta, &residual, &weight, &out, &int(width), &eps]) };
+        unsafe {
+            self.context.launch(kernel, &launch, &[&delta, &residual, &weight, &out, &int(width), &eps])
+        };
     }
 }
 
 /// The kernel for rows of `width`, and its launch: both depend on `width` alone, as the order of the sums does. `None`
 /// if there is nothing to do.
-fn pick(kernels: &[[Function; 2]; 2], dtype: Dtype, rows: usize, width: usize) -> Option<(&Function, Launch)> {
+fn pick(
+    kernels: &[[Function; 2]; 2],
+    dtype: Dtype,
+    rows: usize,
+    width: usize,
+) -> Option<(&Function, Launch)> {
     let vectors = width.div_ceil(VECTOR);
     let many = vectors > MAX_THREADS;
     let pieces = if many { MAX_PIECES } else { 1 };
-    assert!(vectors <= MAX_THREADS * pieces, "norms are of at most {} elements", MAX_THREADS * pieces * VECTOR);
+    assert!(
+        vectors <= MAX_THREADS * pieces,
+        "norms are of at most {} elements",
+        MAX_THREADS * pieces * VECTOR
+    );
     let threads = vectors.div_ceil(pieces).next_multiple_of(WARP);
     let kernel = &kernels[usize::from(dtype == Dtype::Bf16)][usize::from(many)];
     (rows > 0 && width > 0).then(|| (kernel, Launch::new(rows as u32, threads as u32)))

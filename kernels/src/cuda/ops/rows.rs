@@ -31,7 +31,14 @@ impl RowOperator {
     }
 
     /// `out[m] = x[indices[m]]`, rows of `width` elements of one type.
-    pub(crate) fn gather_rows(&self, x: &Buffer, indices: &Buffer, rows: usize, width: usize, out: &mut Buffer) {
+    pub(crate) fn gather_rows(
+        &self,
+        x: &Buffer,
+        indices: &Buffer,
+        rows: usize,
+        width: usize,
+        out: &mut Buffer,
+    ) {
         if rows == 0 {
             return;
         }

@@ -112,10 +112,15 @@ impl LogprobsOperator {
         let Some(&last) = rows.iter().max() else { return Ok(Vec::new()) };
         let (count, top) = (rows.len(), top.min(width));
         let logits = address(logits, Dtype::F32, (last + 1) * width);
-        let inputs: Vec<u8> =
-            rows.iter().map(|&row| row as u32).chain(targets.iter().copied()).flat_map(u32::to_ne_bytes).collect();
+        let inputs: Vec<u8> = rows
+            .iter()
+            .map(|&row| row as u32)
+            .chain(targets.iter().copied())
+            .flat_map(u32::to_ne_bytes)
+            .collect();
         let results = count * (1 + top) * 4;
-        let mut memory = DeviceBuffer::uninitialized(&self.context, inputs.len() + 2 * results, "log-probabilities")?;
+        let mut memory =
+            DeviceBuffer::uninitialized(&self.context, inputs.len() + 2 * results, "log-probabilities")?;
         memory.write(0, &inputs);
         let (row_ids, target_ids) = (memory.ptr(), memory.ptr() + count as u64 * 4);
         let values = memory.ptr() + inputs.len() as u64;
@@ -154,7 +159,8 @@ mod tests {
 
     #[test]
     fn parameters_are_laid_out_as_the_kernel_reads_them() {
-        let params = SampleParams { temperature: 0.5, top_k: None, top_p: 0.25, min_p: 0.125, seed: 7, draw: 9 };
+        let params =
+            SampleParams { temperature: 0.5, top_k: None, top_p: 0.25, min_p: 0.125, seed: 7, draw: 9 };
         let mut bytes = [0; SAMPLE_ROW_BYTES];
         SampleOperator::write_parameters(&[params], &mut bytes);
         let word = |i: usize| u32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
