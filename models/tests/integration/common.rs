@@ -74,7 +74,11 @@ const MAX_TOKENS: usize = 512;
 
 impl Runner {
     pub(crate) fn load(dir: &Path, kv_dtype: KvCacheDtype, kv_blocks: usize) -> Self {
-        let backend = kernels::open(Device::Cpu { threads: 2 }).unwrap();
+        Self::load_on(Device::Cpu { threads: 2 }, dir, kv_dtype, kv_blocks)
+    }
+
+    pub(crate) fn load_on(device: Device, dir: &Path, kv_dtype: KvCacheDtype, kv_blocks: usize) -> Self {
+        let backend = kernels::open(device).unwrap_or_else(|error| panic!("{error}"));
         let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{error}"));
         let model = models::load(&*backend, &checkpoint).unwrap_or_else(|error| panic!("{error}"));
         let kv = KvCache::new(&*backend, model.config(), kv_blocks, kv_dtype).unwrap();
@@ -95,6 +99,25 @@ impl Runner {
             model.logits(&**backend, rows, workspace);
             backend.read_f32(workspace.logits(), 0, logits);
         }
+        logits
+    }
+
+    /// One token for each of `sequences`, as a recorded step; the logits of all rows.
+    pub(crate) fn replayed_step(&mut self, sequences: &[StepSequence<'_>]) -> Vec<f32> {
+        let Self { backend, model, kv, step, workspace } = self;
+        let backend = &**backend;
+        let rows: Vec<u32> = (0..sequences.len() as u32).collect();
+        // Recorded on other inputs than it is replayed with.
+        let other = StepSequence { tokens: &[1], first_position: 0, block_table: sequences[0].block_table };
+        step.fill(backend, &vec![other; rows.len()]);
+        let graph = backend.capture(&mut || {
+            model.forward(backend, step, kv, workspace);
+            model.logits(backend, &rows, workspace);
+        });
+        step.fill(backend, sequences);
+        backend.replay(&graph);
+        let mut logits = vec![0.0; rows.len() * model.config().vocab_size];
+        backend.read_f32(workspace.logits(), 0, &mut logits);
         logits
     }
 

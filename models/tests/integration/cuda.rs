@@ -1,0 +1,120 @@
+//! Whole models on a GPU, held to the CPU backend. Without a GPU (or in a build without CUDA) they say that they are
+//! skipped.
+
+#![allow(clippy::print_stdout, reason = "a test that is skipped says so, and errors are worth reading")]
+
+use std::path::Path;
+
+use kernels::mx::{Cast, ElementType, MxFormat, Scheme};
+use kernels::{Device, KvCacheDtype};
+use models::StepSequence;
+
+use crate::common::{Errors, Golden, Runner, blocks, data};
+use crate::quantized::{in_a_layer, quantize};
+
+const GPU: Device = Device::Cuda { ordinal: 0 };
+
+/// Whether there is a GPU; says why not.
+fn has_gpu() -> bool {
+    match GPU.check() {
+        Ok(()) => true,
+        Err(error) => {
+            println!("SKIPPED: {error}");
+            false
+        }
+    }
+}
+
+/// Weights in every format, and with every format that activations are declared in.
+fn schemes() -> Vec<Scheme> {
+    let cast = |element| Cast::from(MxFormat::new(element));
+    let weight_only = ElementType::ALL.map(|element| Scheme { weight: cast(element), activation: None });
+    let both = [
+        (ElementType::Int8, ElementType::Int8),
+        (ElementType::E4m3, ElementType::E4m3),
+        (ElementType::E4m3, ElementType::E5m2),
+        (ElementType::E2m3, ElementType::E2m3),
+        (ElementType::E2m1, ElementType::E4m3),
+        (ElementType::E2m1, ElementType::E2m3),
+        (ElementType::E2m1, ElementType::E3m2),
+        (ElementType::E2m1, ElementType::E2m1),
+        (ElementType::E2m1, ElementType::Int8),
+    ];
+    let both = both.map(|(w, a)| Scheme { weight: cast(w), activation: Some(cast(a)) });
+    weight_only.into_iter().chain(both).collect()
+}
+
+/// The logits of `tokens` on both devices, a prompt in one step and the rest token by token; the errors of the GPU's.
+fn compare(dir: &Path, tokens: &[u32], prompt: usize) -> Errors {
+    let table = blocks(tokens.len());
+    let run = |device| {
+        let mut runner = Runner::load_on(device, dir, KvCacheDtype::Bf16, table.len());
+        let mut logits = runner.sequence(&tokens[..prompt], prompt, &table);
+        for (position, token) in tokens.iter().enumerate().skip(prompt) {
+            let token = std::slice::from_ref(token);
+            let step = StepSequence { tokens: token, first_position: position, block_table: &table };
+            logits.extend(runner.step(&[step]));
+        }
+        logits
+    };
+    Errors::between(&run(GPU), &run(Device::Cpu { threads: 8 }))
+}
+
+/// Rounding every activation to eight bits along the way, in models whose attention is made to be sharp.
+const GOLDEN_RMS: f32 = 0.04;
+
+#[test]
+fn every_architecture_computes_what_the_cpu_does() {
+    if !has_gpu() {
+        return;
+    }
+    for case in Golden::cases() {
+        let golden = Golden::read(&case);
+        let errors = compare(&golden.dir, &golden.tokens, golden.tokens.len() - 8);
+        println!("{case}: {errors:?}");
+        assert!(errors.rms <= GOLDEN_RMS, "{case}: {errors:?}");
+    }
+}
+
+#[test]
+fn every_scheme_computes_what_the_cpu_does() {
+    if !has_gpu() {
+        return;
+    }
+    let model = data("models/rustdoc-6m");
+    let tokens: Vec<u32> = (0..300).map(|i| (i * i * 7 + i * 13) % 2000 + 5).collect();
+    for scheme in schemes() {
+        let quantized = quantize(&model, |module| in_a_layer(module).then_some(scheme));
+        let errors = compare(quantized.path(), &tokens, 280);
+        println!("{scheme}: {errors:?}");
+        // Of declared activations, some fall to the other side of a rounding boundary.
+        let bound = if scheme.activation.is_some() { 0.05 } else { 0.02 };
+        assert!(errors.rms <= bound, "{scheme}: {errors:?}");
+    }
+}
+
+#[test]
+fn recorded_steps_neighbours_and_repetition_change_no_bit() {
+    if !has_gpu() {
+        return;
+    }
+    for case in Golden::cases() {
+        let golden = Golden::read(&case);
+        let mut runner = Runner::load_on(GPU, &golden.dir, KvCacheDtype::Bf16, 8);
+        let vocab = runner.model.config().vocab_size;
+        let (first, second) = (&golden.tokens[..23], &golden.tokens[23..]);
+        let [last, end] = [first.len() - 1, second.len() - 1];
+        runner.sequence(&first[..last], last, &[0, 1]);
+        runner.sequence(&second[..end], end, &[2, 3]);
+        let of_first = StepSequence { tokens: &first[last..], first_position: last, block_table: &[0, 1] };
+        let of_second = StepSequence { tokens: &second[end..], first_position: end, block_table: &[2, 3] };
+        let alone = [runner.step(&[of_first]), runner.step(&[of_second])].concat();
+        assert!(alone == [runner.step(&[of_first]), runner.step(&[of_second])].concat(), "{case}: again");
+        let together = runner.step(&[of_second, of_first]);
+        assert!(
+            alone[..vocab] == together[vocab..] && alone[vocab..] == together[..vocab],
+            "{case}: together"
+        );
+        assert!(alone == runner.replayed_step(&[of_first, of_second]), "{case}: replayed");
+    }
+}
