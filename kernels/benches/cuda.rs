@@ -1,0 +1,147 @@
+//! Weight products on a GPU, alone in a recorded step: time, bytes and operations per second, and how far from the time
+//! that reading the weights once takes at the H200's bandwidth.
+//!
+//! Weights are taken in turn from as many copies as do not fit in the L2 cache together. The time of a product is that
+//! of a replay over the number of products in it; the median of the replays.
+//!
+//! `cargo bench -p kernels --features cuda --bench cuda [-- SHAPE…]`
+
+#![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
+
+use std::time::Instant;
+
+use kernels::mx::{ElementRounding, MxTensor, Scheme, Values, quantize_rows};
+use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
+
+/// Linear layers of Llama-3.1-8B: name, `[N, K]`.
+const SHAPES: [(&str, [usize; 2]); 5] = [
+    ("o", [4096, 4096]),
+    ("qkv", [6144, 4096]),
+    ("down", [4096, 14_336]),
+    ("gate_up", [28_672, 4096]),
+    ("head", [128_256, 4096]),
+];
+
+/// `bf16` is a dense weight.
+const SCHEMES: [&str; 9] =
+    ["bf16", "mxfp4", "mxfp6", "mxfp8", "mxint8", "w4a8", "w4a6", "mxfp6:mxfp6", "mxfp8:mxfp8"];
+
+/// Most elements of a result: a head of all prompt rows is never asked for.
+const MAX_RESULT: usize = 1 << 28;
+
+/// Rows of the input.
+const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192];
+
+/// Bytes that an H200 reads per second, measured with a kernel that does nothing else.
+const READ_BYTES_PER_SEC: f64 = 4.458e12;
+
+/// Bytes of weights that no cache holds.
+const UNCACHED_BYTES: usize = 256 << 20;
+
+/// Times that are taken, and replays between two looks at the clock.
+const SAMPLES: usize = 9;
+const REPLAYS: usize = 20;
+
+fn main() {
+    let gpu = Device::Cuda { ordinal: 0 };
+    if let Err(error) = gpu.check() {
+        println!("SKIPPED: {error}");
+        return;
+    }
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let backend = kernels::open(gpu).expect("the device opens");
+    println!("{}", backend.description());
+    println!("shape    scheme          M        us     GB/s  TFLOP/s  of floor");
+    for (name, shape) in SHAPES {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            for label in SCHEMES {
+                let scheme = (label != "bf16").then(|| label.parse().expect("a scheme"));
+                measure(backend.as_ref(), &format!("{name:8} {label:12}"), shape, scheme);
+            }
+        }
+    }
+}
+
+/// Measures one weight with every number of rows.
+fn measure(backend: &dyn Backend, label: &str, shape: [usize; 2], scheme: Option<Scheme>) {
+    let [n, k] = shape;
+    let mut weights = vec![upload(backend, shape, scheme, 0)];
+    let bytes = weights[0].bytes();
+    weights.extend((1..UNCACHED_BYTES.div_ceil(bytes)).map(|copy| upload(backend, shape, scheme, copy)));
+    for rows in ROWS.into_iter().filter(|rows| rows * n <= MAX_RESULT) {
+        let alloc = |len| backend.alloc(Dtype::Bf16, len, Component::Workspace).expect("memory");
+        let (mut x, mut out) = (alloc(rows * k), alloc(rows * n));
+        backend.write_f32(&mut x, 0, &noise(rows * k, 1.0, 7));
+        let secs = time(backend, || {
+            for weight in &weights {
+                backend.linear(&x, rows, weight, &mut out, n, 0);
+            }
+        });
+        let secs = secs / weights.len() as f64;
+        println!(
+            "{label} {rows:4} {:9.2} {:8.0} {:8.1} {:9.2}",
+            secs * 1e6,
+            bytes as f64 / secs / 1e9,
+            2.0 * (rows * n * k) as f64 / secs / 1e12,
+            secs * READ_BYTES_PER_SEC / bytes as f64,
+        );
+    }
+}
+
+/// Median seconds of a replay of `step`.
+fn time(backend: &dyn Backend, mut step: impl FnMut()) -> f64 {
+    let mut marker = backend.alloc(Dtype::U32, 1, Component::Workspace).expect("memory");
+    backend.write_u32(&mut marker, 0, &[1]);
+    let wait = || backend.read_u32(&marker, 0, &mut [0]);
+    step();
+    let graph = backend.capture(&mut step);
+    let sample = || {
+        let start = Instant::now();
+        (0..REPLAYS).for_each(|_| backend.replay(&graph));
+        wait();
+        start.elapsed().as_secs_f64() / REPLAYS as f64
+    };
+    sample();
+    let mut secs: Vec<f64> = (0..SAMPLES).map(|_| sample()).collect();
+    secs.sort_by(f64::total_cmp);
+    secs[SAMPLES / 2]
+}
+
+/// Random weights.
+fn upload(backend: &dyn Backend, [rows, cols]: [usize; 2], scheme: Option<Scheme>, seed: usize) -> Weight {
+    // One row of tiles is random, the others repeat it: made quickly, and as slow to read.
+    let period = 64.min(rows);
+    let values: Vec<u8> = noise(period * cols, 0.02, seed as u32 + 1)
+        .into_iter()
+        .flat_map(|x| half::bf16::from_f32(x).to_le_bytes())
+        .collect();
+    let repeat =
+        |bytes: &[u8]| bytes.iter().copied().cycle().take(bytes.len() / period * rows).collect::<Vec<u8>>();
+    let Some(scheme) = scheme else {
+        let bytes = repeat(&values);
+        let source = WeightSource::Dense { dtype: DenseDtype::Bf16, shape: [rows, cols], bytes: &bytes };
+        return backend.upload(&[source], None).expect("memory");
+    };
+    let format = scheme.weight.format;
+    let mut codes = vec![0; format.code_bytes(period * cols)];
+    let mut scales = vec![0; format.scale_bytes(period * cols)];
+    let (rounding, values) = (ElementRounding::NearestEven, Values::Bf16(&values));
+    quantize_rows(scheme.weight, rounding, values, 0, &mut codes, &mut scales).expect("finite weights");
+    let (codes, scales) = (repeat(&codes), repeat(&scales));
+    let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
+    let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
+    backend.upload(&[WeightSource::Mx { tensor, scale_rounding, activation }], None).expect("memory")
+}
+
+/// Uniform numbers of standard deviation `deviation`.
+fn noise(len: usize, deviation: f32, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as f32 / u32::MAX as f32 - 0.5
+    };
+    (0..len).map(|_| next() * deviation * 12_f32.sqrt()).collect()
+}
