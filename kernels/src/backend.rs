@@ -437,10 +437,7 @@ pub fn open(device: Device) -> Result<Box<dyn Backend>> {
     match device {
         Device::Cpu { threads } => Ok(Box::new(crate::cpu::CpuBackend::new(threads))),
         #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal } => Err(crate::Error::Unavailable {
-            device: format!("cuda:{ordinal}"),
-            why: "its operators are not complete".to_owned(),
-        }),
+        Device::Cuda { ordinal } => Ok(Box::new(crate::cuda::CudaBackend::open(ordinal)?)),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => unreachable!("not available in this build"),
     }

@@ -318,8 +318,7 @@ impl Backend for CudaBackend {
     fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer) {
         let rows = params.len();
         let fill = |bytes: &mut [u8]| SampleOperator::write_parameters(params, bytes);
-        let launch =
-            |_: &Context, parameters| self.sample.sample(logits, width, rows, parameters, &mut *out);
+        let launch = |_: &Context, parameters| self.sample.sample(logits, width, rows, parameters, &mut *out);
         let staging = &mut self.state.borrow_mut().staging;
         if let Err(error) = staging.submit(SampleOperator::parameter_bytes(rows), fill, launch) {
             panic!("sampling parameters: {error}");

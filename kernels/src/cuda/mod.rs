@@ -1,16 +1,18 @@
 //! NVIDIA GPUs of compute capability 9.0 (H100, H200): the driver is opened at run time.
 
+mod backend;
 mod context;
 mod graph;
 mod launch;
+mod linear;
 mod memory;
 mod ops;
 mod staging;
 mod weight;
 
-pub(crate) use self::context::{Context, Function, Properties};
+pub(crate) use self::backend::CudaBackend;
+pub(crate) use self::context::{Context, Function};
 pub(crate) use self::graph::Graph;
-pub(crate) use self::launch::{Argument, Launch};
-pub(crate) use self::memory::{DeviceBuffer, DevicePtr, PinnedBuffer};
-pub(crate) use self::staging::Staging;
-pub(crate) use self::weight::{TiledWeight, Uploader};
+pub(crate) use self::launch::Launch;
+pub(crate) use self::memory::{DeviceBuffer, DevicePtr};
+pub(crate) use self::weight::TiledWeight;

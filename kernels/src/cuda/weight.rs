@@ -139,7 +139,7 @@ impl Uploader {
                 check(sys::cuEventRecord(piece.copied, self.context.stream()), "record an event");
             }
         }
-        let mut floats = |values: &[f32]| {
+        let floats = |values: &[f32]| {
             let mut buffer = DeviceBuffer::uninitialized(&self.context, size_of_val(values), "a weight")?;
             buffer.write(0, bytes_of(values));
             Ok::<_, crate::Error>(buffer)

@@ -8,7 +8,7 @@ mod rows;
 mod sampling;
 
 pub(crate) use self::attention::AttentionOperator;
-pub(crate) use self::embed::EmbedOperator;
+pub(crate) use self::embed::{EmbedOperator, Table};
 pub(crate) use self::norm::NormOperator;
 pub(crate) use self::rope::RopeOperator;
 pub(crate) use self::rows::RowOperator;
