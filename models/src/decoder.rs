@@ -2,8 +2,8 @@
 
 use kernels::{Backend, Buffer, Weight};
 
-use crate::checkpoint::Checkpoint;
-use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, check_shape, parameter};
+use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, parameter};
+use crate::parameters::ParameterSource;
 use crate::{KvCache, LinearInfo, Model, ModelConfig, ModelError, StepInputs, Workspace};
 
 /// Where a checkpoint keeps the modules of a decoder. Names of a layer's modules follow `{layers}.{index}.`.
@@ -47,49 +47,31 @@ impl Decoder {
     /// Loads the weights that `config` calls for.
     pub(crate) fn load(
         backend: &dyn Backend,
-        checkpoint: &Checkpoint,
+        source: &dyn ParameterSource,
         config: ModelConfig,
         names: &WeightNames,
     ) -> Result<Self, ModelError> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embed = embedding(backend, checkpoint, names.embed, [vocab, hidden])?;
-        let loader = LayerLoader { backend, checkpoint, config: &config, names };
+        let embed = backend.upload(&[source.linear(names.embed, [vocab, hidden])?.source()], None)?;
+        let loader = LayerLoader { backend, source, config: &config, names };
         let layers = (0..config.num_layers).map(|index| loader.load(index)).collect::<Result<_, _>>()?;
-        let norm = RmsNorm::load(backend, checkpoint, names.norm, hidden, config.rms_norm_eps)?;
+        let norm = RmsNorm::load(backend, source, names.norm, hidden, config.rms_norm_eps)?;
         // A tied checkpoint may still carry a head: a plain copy of the embedding is not loaded twice, a quantized
         // head is meant to be used.
-        let head = if config.tie_word_embeddings && !is_quantized(checkpoint, names.head)? {
+        let head = if config.tie_word_embeddings && !source.is_quantized(names.head)? {
             Head::Tied
         } else {
             let module = Module { name: names.head.to_owned(), rows: vocab };
-            Head::Own(Linear::load(backend, checkpoint, &[module], hidden, false)?)
+            Head::Own(Linear::load(backend, source, &[module], hidden, false)?)
         };
         let inv_freq = parameter(backend, &config.rope.inv_freq)?;
         Ok(Self { config, embed, inv_freq, layers, norm, head, head_name: names.head })
     }
 }
 
-/// Loads the embedding, `[vocab, hidden]`.
-fn embedding(
-    backend: &dyn Backend,
-    checkpoint: &Checkpoint,
-    module: &str,
-    shape: [usize; 2],
-) -> Result<Weight, ModelError> {
-    let table = checkpoint.linear(module)?;
-    check_shape(module, &table.shape(), &shape)?;
-    Ok(backend.upload(&[table.source()], None)?)
-}
-
-/// Whether the checkpoint holds `module` quantized.
-fn is_quantized(checkpoint: &Checkpoint, module: &str) -> Result<bool, ModelError> {
-    let stored = checkpoint.contains(&format!("{module}.weight_scale"));
-    Ok(stored && checkpoint.scheme(module)?.is_some())
-}
-
 struct LayerLoader<'a> {
     backend: &'a dyn Backend,
-    checkpoint: &'a Checkpoint,
+    source: &'a dyn ParameterSource,
     config: &'a ModelConfig,
     names: &'a WeightNames,
 }
@@ -102,13 +84,13 @@ impl LayerLoader<'_> {
         let layer = format!("{}.{index}", names.layers);
         let norm = |name: &str, len| {
             let module = format!("{layer}.{name}");
-            RmsNorm::load(self.backend, self.checkpoint, &module, len, config.rms_norm_eps)
+            RmsNorm::load(self.backend, self.source, &module, len, config.rms_norm_eps)
         };
         let linear = |modules: &[(&str, usize)], cols, bias| {
             let modules: Vec<_> = (modules.iter())
                 .map(|&(name, rows)| Module { name: format!("{layer}.{name}"), rows })
                 .collect();
-            Linear::load(self.backend, self.checkpoint, &modules, cols, bias)
+            Linear::load(self.backend, self.source, &modules, cols, bias)
         };
         let (q_width, kv_width) = (heads.q_width(), heads.kv * heads.dim);
         let [q, k, v] = names.qkv;

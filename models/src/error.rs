@@ -1,5 +1,7 @@
 //! What can be wrong with a model's files.
 
+use kernels::mx::MxTensorError;
+
 use crate::checkpoint::CheckpointError;
 
 /// A `config.json` or `generation_config.json` that describes no model which runs here.
@@ -73,6 +75,14 @@ pub enum ModelError {
         expected: Vec<usize>,
         /// What the checkpoint holds.
         actual: Vec<usize>,
+    },
+    /// Random weights of this shape cannot be in the format asked for.
+    #[error("random weights for {tensor}: {error}")]
+    Synthetic {
+        /// The module.
+        tensor: String,
+        /// Why.
+        error: MxTensorError,
     },
     /// The device is out of memory, or cannot run a format.
     #[error(transparent)]

@@ -5,7 +5,8 @@ use kernels::{
     Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, PagedKv, Weight, WeightSource,
 };
 
-use crate::checkpoint::{Checkpoint, LinearTensor};
+use crate::checkpoint::LinearTensor;
+use crate::parameters::ParameterSource;
 use crate::{ModelError, StepInputs, Workspace};
 
 /// One or more linear modules that read the same input and write side by side into one output. Neighbours with equal
@@ -36,7 +37,7 @@ impl Linear {
     /// Loads `modules`, each `[rows, cols]`, with biases `[rows]` if `bias`.
     pub(crate) fn load(
         backend: &dyn Backend,
-        checkpoint: &Checkpoint,
+        source: &dyn ParameterSource,
         modules: &[Module],
         cols: usize,
         bias: bool,
@@ -44,13 +45,12 @@ impl Linear {
         let mut linear = Self { parts: Vec::new(), width: 0, parameters: 0 };
         let mut stack = Stack::default();
         for module in modules {
-            let tensor = checkpoint.linear(&module.name)?;
-            check_shape(&module.name, &tensor.shape(), &[module.rows, cols])?;
+            let tensor = source.linear(&module.name, [module.rows, cols])?;
             if !stack.takes(&tensor) {
                 linear.push(std::mem::take(&mut stack).upload(backend, linear.width)?);
             }
             if bias {
-                stack.bias.extend(vector(checkpoint, &format!("{}.bias", module.name), module.rows)?);
+                stack.bias.extend(source.vector(&format!("{}.bias", module.name), module.rows)?);
             }
             stack.push(&module.name, tensor);
         }
@@ -117,21 +117,6 @@ fn storage(tensor: &LinearTensor) -> (Option<Scheme>, Option<DenseDtype>) {
     }
 }
 
-/// The error that a tensor is not `expected`.
-pub(crate) fn check_shape(tensor: &str, actual: &[usize], expected: &[usize]) -> Result<(), ModelError> {
-    if actual == expected {
-        return Ok(());
-    }
-    Err(ModelError::Shape { tensor: tensor.to_owned(), expected: expected.to_vec(), actual: actual.to_vec() })
-}
-
-/// An unquantized vector of the checkpoint.
-fn vector(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-    let tensor = checkpoint.dense(name)?;
-    check_shape(name, &tensor.shape, &[len])?;
-    Ok(tensor.to_f32())
-}
-
 /// A buffer that holds `values`, counted as parameters.
 pub(crate) fn parameter(backend: &dyn Backend, values: &[f32]) -> kernels::Result<Buffer> {
     let mut buffer = backend.alloc(Dtype::F32, values.len(), Component::Unquantized)?;
@@ -150,12 +135,12 @@ impl RmsNorm {
     /// Loads `{module}.weight`, `[len]`.
     pub(crate) fn load(
         backend: &dyn Backend,
-        checkpoint: &Checkpoint,
+        source: &dyn ParameterSource,
         module: &str,
         len: usize,
         eps: f32,
     ) -> Result<Self, ModelError> {
-        let weight = vector(checkpoint, &format!("{module}.weight"), len)?;
+        let weight = source.vector(&format!("{module}.weight"), len)?;
         Ok(Self { weight: parameter(backend, &weight)?, eps })
     }
 

@@ -17,11 +17,13 @@ mod layers;
 mod llama;
 mod mistral;
 mod model;
+mod parameters;
 mod qwen2;
 mod qwen3;
 mod registry;
 mod rope;
 mod step;
+pub mod synthetic;
 mod workspace;
 
 pub use config::{Biases, ModelConfig};

@@ -39,10 +39,12 @@ pub(crate) fn architecture(config: &Fields<'_>) -> Result<&'static Architecture,
 /// configuration calls for, or the device cannot take it.
 pub fn load(backend: &dyn Backend, checkpoint: &Checkpoint) -> Result<Box<dyn Model>, ModelError> {
     let config = ModelConfig::parse(checkpoint.config())?;
-    let names = ARCHITECTURES
-        .into_iter()
-        .find(|known| known.name == config.architecture)
-        .map(|known| known.names)
-        .expect("a parsed config names a known architecture");
+    let names = names(&config);
     Ok(Box::new(Decoder::load(backend, checkpoint, config, names)?))
+}
+
+/// Where the weights of a model of `config` are.
+pub(crate) fn names(config: &ModelConfig) -> &'static WeightNames {
+    let known = ARCHITECTURES.into_iter().find(|known| known.name == config.architecture);
+    known.expect("a parsed config names a known architecture").names
 }

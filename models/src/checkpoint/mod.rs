@@ -13,7 +13,7 @@ mod tensor;
 use std::path::{Path, PathBuf};
 
 use kernels::DenseDtype;
-use kernels::mx::{MxTensor, Scheme};
+use kernels::mx::Scheme;
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -175,19 +175,16 @@ impl Checkpoint {
     fn mx_linear(&self, module: &str, scheme: Scheme) -> Result<MxLinear, CheckpointError> {
         let (codes, scales, shape) = self.mx_parts(module, scheme)?;
         let (code_bytes, scale_bytes) = (self.read(codes)?, self.read(scales)?);
-        MxTensor::new(scheme.weight.format, shape, &code_bytes, &scale_bytes).map_err(|error| {
-            CheckpointError::Mx {
-                path: self.shards.path(codes).to_owned(),
-                tensor: codes.name.clone(),
-                error,
-            }
-        })?;
         if let Some(block) = scale_bytes.iter().position(|scale| *scale == E8M0_NAN) {
-            let blocks = scale_bytes.len() / shape[0];
+            let blocks = scheme.weight.format.scale_bytes(shape[1]);
             let reason = format!("the scale of row {}, block {} is NaN", block / blocks, block % blocks);
             return Err(self.tensor_error(scales, reason));
         }
-        Ok(MxLinear { scheme, shape, codes: code_bytes, scales: scale_bytes })
+        MxLinear::new(scheme, shape, code_bytes, scale_bytes).map_err(|error| CheckpointError::Mx {
+            path: self.shards.path(codes).to_owned(),
+            tensor: codes.name.clone(),
+            error,
+        })
     }
 
     /// Shape and stored size of a module with `scheme`, from the headers alone.

@@ -1,7 +1,7 @@
 //! Tensors in memory, checked against what the checkpoint declares.
 
 use half::{bf16, f16};
-use kernels::mx::{MxTensor, Scheme};
+use kernels::mx::{MxTensor, MxTensorError, Scheme};
 use kernels::{DenseDtype, WeightSource};
 
 /// An unquantized tensor.
@@ -43,13 +43,27 @@ pub enum LinearTensor {
 /// Codes and scales of a quantized linear module, checked against its shape when it was read.
 #[derive(Debug, Clone)]
 pub struct MxLinear {
-    pub(super) scheme: Scheme,
-    pub(super) shape: [usize; 2],
-    pub(super) codes: Vec<u8>,
-    pub(super) scales: Vec<u8>,
+    scheme: Scheme,
+    shape: [usize; 2],
+    codes: Vec<u8>,
+    scales: Vec<u8>,
 }
 
 impl MxLinear {
+    /// The packed matrix `[N, K]` = `shape`.
+    ///
+    /// # Errors
+    /// The sizes do not fit each other.
+    pub(crate) fn new(
+        scheme: Scheme,
+        shape: [usize; 2],
+        codes: Vec<u8>,
+        scales: Vec<u8>,
+    ) -> Result<Self, MxTensorError> {
+        MxTensor::new(scheme.weight.format, shape, &codes, &scales)?;
+        Ok(Self { scheme, shape, codes, scales })
+    }
+
     /// What the checkpoint declares.
     pub fn scheme(&self) -> Scheme {
         self.scheme
