@@ -6,6 +6,8 @@ use clap::builder::Resettable;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use config::{ConfigError, ServerConfig, Settings};
 
+use crate::bench::BenchArgs;
+
 /// Serves a model in an MX format (or plain BF16) over an OpenAI-style HTTP API.
 ///
 /// Every flag has a key in the --config file and an environment variable MXSERVE_…; a flag wins over the environment,
@@ -39,6 +41,8 @@ pub enum Command {
     Demo(Serve),
     /// Print the settings that would be used, as a --config file, and check them
     CheckConfig(Serve),
+    /// Measure how fast a model runs: offline as llama-bench does, or a server over HTTP with --url
+    Bench(Box<BenchArgs>),
 }
 
 /// Kubernetes sets MXSERVE_PORT to such a value in every pod beside a service named `mxserve`.
@@ -55,7 +59,10 @@ impl Cli {
 }
 
 fn without_port_variable(command: clap::Command) -> clap::Command {
-    let forget = |command: clap::Command| command.mut_arg("port", |port| port.env(Resettable::Reset));
+    let forget = |command: clap::Command| {
+        let has_port = command.get_arguments().any(|argument| argument.get_id() == "port");
+        if has_port { command.mut_arg("port", |port| port.env(Resettable::Reset)) } else { command }
+    };
     forget(command).mut_subcommands(forget)
 }
 
@@ -85,6 +92,11 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_port_of_a_service_link_is_no_port() {
+        without_port_variable(Cli::command()).debug_assert();
     }
 
     #[test]

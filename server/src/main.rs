@@ -9,8 +9,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use config::{LogFormat, ServerConfig};
 use server::cli::{Cli, Command};
-use server::demo;
 use server::serve::{announce, serve, stop_signal};
+use server::{bench, demo};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -69,6 +69,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Some(Command::Bench(arguments)) => Ok(bench::run(*arguments)?),
     }
 }
 

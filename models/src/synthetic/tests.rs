@@ -1,6 +1,6 @@
 //! Synthetic models against their shapes.
 
-use kernels::{Device, Dtype};
+use kernels::{Device, KvCacheDtype};
 use serde_json::json;
 
 use super::*;
@@ -57,7 +57,7 @@ fn weights_are_in_the_formats_asked_for_and_logits_are_finite() {
 
 fn logits(backend: &dyn Backend, model: &dyn Model) -> Vec<f32> {
     let config = model.config();
-    let mut kv = KvCache::new(backend, config, 1, Dtype::F32).unwrap();
+    let mut kv = KvCache::new(backend, config, 1, KvCacheDtype::F32).unwrap();
     let mut step = StepInputs::new(backend, 4, 1, 1).unwrap();
     let mut workspace = Workspace::new(backend, config, 4, 1).unwrap();
     step.fill(backend, &[StepSequence { tokens: &[1, 2, 3, 4], first_position: 0, block_table: &[0] }]);

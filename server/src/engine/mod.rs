@@ -7,6 +7,7 @@
 mod block_manager;
 mod decode_graphs;
 mod handle;
+mod offline;
 mod options;
 mod request;
 mod runner;
@@ -24,6 +25,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use handle::{EngineHandle, Loaded};
+pub use offline::{OfflineBatch, OfflineSizes};
 pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{FinishReason, GenerateRequest, Sampling, StopConditions, SubmitError, TokenEvent, Usage};
 pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};

@@ -94,6 +94,11 @@ impl ModelRunner {
         ))
     }
 
+    /// The model.
+    pub(super) fn model(&self) -> &dyn Model {
+        self.model.as_ref()
+    }
+
     /// What runs, for people and metrics.
     pub(super) fn info(&self, sizes: Sizes, dtype: KvCacheDtype) -> EngineInfo {
         EngineInfo::new(self.backend.as_ref(), self.model.as_ref(), sizes, dtype)
