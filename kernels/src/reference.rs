@@ -5,9 +5,20 @@
 
 use crate::backend::Heads;
 
+/// How the products of a block of 32 along K are summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockSum {
+    /// In F32, in order: `s = fma(w[k], x[k], s)`. For weights that are no integers: MXFP8, E3M2, dense ones.
+    Chained,
+    /// Exactly, then rounded to F32 once. For weights whose elements are integers times a power of two, with activations
+    /// that are such integers too: those of a declared MX format, or [`block_fixed_point`].
+    Exact,
+}
+
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]` of `[M, K]` and `[N, K]`: in blocks of 32 along K, elements first
 /// and one scale per block (`scales` `[N, K / 32]`), or without scales for a dense weight.
 pub fn linear(
+    sum: BlockSum,
     x: &[f32],
     elements: &[f32],
     scales: Option<&[f32]>,
@@ -20,17 +31,40 @@ pub fn linear(
         for (n, w) in elements.chunks_exact(cols).enumerate() {
             let mut total = 0.0_f32;
             for (b, (w, x)) in w.chunks(32).zip(x.chunks(32)).enumerate() {
-                let mut s = 0.0_f32;
-                for (w, x) in w.iter().zip(x) {
-                    s = w.mul_add(*x, s);
-                }
+                let pairs = w.iter().zip(x);
+                let s = match sum {
+                    BlockSum::Chained => pairs.fold(0.0, |s, (w, x)| w.mul_add(*x, s)),
+                    // 8 and 16 bits, 32 products: F64 holds every partial sum.
+                    BlockSum::Exact => pairs.fold(0.0, |s, (w, x)| s + f64::from(*w) * f64::from(*x)) as f32,
+                };
                 total = match scales {
                     Some(scales) => s.mul_add(scales[n * blocks + b], total),
                     None => total + s,
                 };
             }
-            out.push(total + bias.map_or(0.0, |bias| bias[n]));
+            out.push(bias.map_or(total, |bias| total + bias[n]));
         }
+    }
+    out
+}
+
+/// Activations in 16-bit block fixed point: per block of 32 the values are integers times 2^e, rounded to nearest, ties
+/// to even, where 2^e is the smallest power of two, but at least 2^-126, with `max |x| < 32639 * 2^e`. Lengths are whole
+/// blocks. The error is at most 2^(e - 1): below 2^-15 of the block's largest magnitude. A block with a magnitude of
+/// 2^100 or more, an infinity or NaN is NaN.
+pub fn block_fixed_point(x: &[f32]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for x in x.chunks_exact(32) {
+        if x.iter().any(|x| x.is_nan() || x.abs() >= 2.0_f32.powi(100)) {
+            out.extend([f32::NAN; 32]);
+            continue;
+        }
+        let max = x.iter().fold(0.0_f64, |max, x| max.max(f64::from(x.abs())));
+        let mut step = 2.0_f64.powi(-126);
+        while max >= 32639.0 * step {
+            step *= 2.0;
+        }
+        out.extend(x.iter().map(|x| ((f64::from(*x) / step).round_ties_even() * step) as f32));
     }
     out
 }

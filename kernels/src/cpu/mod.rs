@@ -2,8 +2,6 @@
 
 mod attention;
 mod elementwise;
-#[cfg(target_arch = "x86_64")]
-mod integer;
 mod linear;
 mod memory;
 mod packed;
@@ -17,10 +15,10 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
-use self::linear::{OutColumns, linear, scratch_floats};
+use self::linear::{IntegerCodec, LinearScratch, OutColumns, Product, linear};
 use self::memory::{Scratch, zeros};
+use self::packed::PackError;
 pub(crate) use self::packed::PackedWeight;
-use self::packed::{BLOCK, PackError};
 use self::pool::{DisjointSlices, Pool};
 use self::sampling::Sampler;
 use self::simd::Isa;
@@ -31,7 +29,7 @@ use crate::backend::{
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache_dtype::KvCacheDtype;
-use crate::mx::{Scheme, quantize_dequantize};
+use crate::mx::Scheme;
 use crate::weight::{Weight, WeightData};
 
 /// Elements below which a row operator is not worth a parallel region.
@@ -47,11 +45,7 @@ pub(crate) struct CpuBackend {
 /// Threads, and scratch that grows to what the largest call needed and is then reused.
 struct State {
     pool: Pool,
-    linear: Scratch,
-    #[cfg(target_arch = "x86_64")]
-    integer: integer::IntegerScratch,
-    /// Inputs of a linear layer, quantized as its scheme declares or padded to whole blocks.
-    input: Scratch,
+    linear: LinearScratch,
     /// Scores, per thread.
     scores: Scratch,
     /// One per thread.
@@ -68,10 +62,7 @@ impl CpuBackend {
         let memory = Arc::default();
         let pool = Pool::new(threads);
         let state = RefCell::new(State {
-            linear: Scratch::new(&memory),
-            #[cfg(target_arch = "x86_64")]
-            integer: integer::IntegerScratch::new(&memory),
-            input: Scratch::new(&memory),
+            linear: LinearScratch::new(&memory),
             scores: Scratch::new(&memory),
             samplers: (0..pool.threads()).map(|_| Sampler::default()).collect(),
             pool,
@@ -152,13 +143,13 @@ impl Backend for CpuBackend {
 
     fn linear_kernel(&self, scheme: Option<Scheme>) -> LinearKernel {
         let codec = scheme.map_or("dense", |s| s.weight.format.element.spec().name);
-        let isa = self.isa.name();
-        #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 && scheme.and_then(integer::IntegerCodec::for_scheme).is_some() {
-            return LinearKernel { name: format!("cpu_{isa}vnni_{codec}_int8"), executed: scheme };
-        }
+        let activations = match scheme.and_then(IntegerCodec::for_scheme) {
+            None => "f32",
+            Some(integer) if integer.is_wide() => "int16",
+            Some(_) => "int8",
+        };
         // `linear` quantizes the input as the scheme declares, whatever the kernel.
-        LinearKernel { name: format!("cpu_{isa}_{codec}_f32"), executed: scheme }
+        LinearKernel { name: format!("cpu_{}_{codec}_{activations}", self.isa.name()), executed: scheme }
     }
 
     fn memory(&self) -> &Arc<MemoryAccount> {
@@ -326,40 +317,16 @@ impl Backend for CpuBackend {
         out_width: usize,
         column: usize,
     ) {
-        let x = floats(x);
-        let bias = weight.bias.as_deref();
-        let columns = OutColumns { width: out_width, column };
-        let activation = weight.scheme.and_then(|s| s.activation);
-        let weight = packed(weight);
-        let cols = weight.shape[1];
-        let padded = cols.next_multiple_of(BLOCK);
-        #[cfg(target_arch = "x86_64")]
-        if let (Isa::Avx512, Some(codec)) = (self.isa, &weight.integer) {
-            let State { pool, integer, .. } = &mut *self.state.borrow_mut();
-            let out = floats_mut(out);
-            integer::linear(pool, integer, weight, codec, bias, x, rows, out, columns);
-            return;
-        }
-        let State { pool, linear: scratch, input, .. } = &mut *self.state.borrow_mut();
-        let (x, stride) = if activation.is_none() && padded == cols {
-            (x, cols)
-        } else {
-            let input = input.take(rows * padded);
-            let pieces = DisjointSlices::new(input, padded);
-            pool.run(rows, &|m, _| {
-                // SAFETY: each row is taken once.
-                let row = unsafe { pieces.slice(m) };
-                let source = &x[m * cols..][..cols];
-                match activation {
-                    Some(cast) => quantize_dequantize(cast, source, &mut row[..cols]),
-                    None => row[..cols].copy_from_slice(source),
-                }
-                row[cols..].fill(0.0);
-            });
-            (&*input, padded)
+        let State { pool, linear: scratch, .. } = &mut *self.state.borrow_mut();
+        let product = Product {
+            weight: packed(weight),
+            bias: weight.bias.as_deref(),
+            activation: weight.scheme.and_then(|s| s.activation),
+            x: floats(x),
+            tokens: rows,
+            columns: OutColumns { width: out_width, column },
         };
-        let scratch = scratch.take(scratch_floats(rows) * pool.threads());
-        linear(self.isa, pool, scratch, weight, bias, x, stride, rows, floats_mut(out), columns);
+        linear(self.isa, pool, scratch, &product, floats_mut(out));
     }
 
     fn rope_table(&self, positions: &Buffer, inv_freq: &Buffer, factor: f32, rows: usize, out: &mut Buffer) {

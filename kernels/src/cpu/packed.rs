@@ -17,8 +17,7 @@
 //!
 //! Scales are apart: 16 bytes per group and block. So MXFP4 takes 4.25 bits per weight here too.
 
-#[cfg(target_arch = "x86_64")]
-use super::integer::IntegerCodec;
+use super::linear::IntegerCodec;
 use super::memory::AlignedBytes;
 use super::pool::{DisjointSlices, Pool};
 use super::simd::{HalfFields, LANES, half_bits};
@@ -86,8 +85,7 @@ pub(crate) struct PackedWeight {
     pub(crate) codes: AlignedBytes,
     /// `[groups, blocks, LANES]`, empty for a dense weight.
     pub(crate) scales: AlignedBytes,
-    /// How to multiply as integers, where elements, activations and the processor allow it.
-    #[cfg(target_arch = "x86_64")]
+    /// How to multiply as integers, where the elements are some.
     pub(crate) integer: Option<IntegerCodec>,
 }
 
@@ -116,7 +114,6 @@ impl PackedWeight {
             }
             WeightSource::Dense { dtype, .. } => Storage::Dense(*dtype),
         };
-        #[cfg(target_arch = "x86_64")]
         let integer = parts[0].scheme().and_then(IntegerCodec::for_scheme);
         let (groups, blocks) = (usize::div_ceil(rows, LANES), usize::div_ceil(cols, BLOCK));
         let has_scales = !matches!(storage, Storage::Dense(_));
@@ -132,14 +129,7 @@ impl PackedWeight {
             let (codes, scales) = unsafe { (code_groups.slice(group), scale_groups.slice(group)) };
             pack_group(&storage, parts, group * LANES, codes, scales);
         });
-        Ok(Self {
-            shape: [rows, cols],
-            storage,
-            codes,
-            scales,
-            #[cfg(target_arch = "x86_64")]
-            integer,
-        })
+        Ok(Self { shape: [rows, cols], storage, codes, scales, integer })
     }
 
     /// Row groups of [`LANES`] rows.

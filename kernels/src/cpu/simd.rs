@@ -10,6 +10,9 @@ pub(crate) const LANES: usize = 16;
 /// Instruction sets with a [`Lanes`] implementation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Isa {
+    /// As [`Avx512`](Self::Avx512), with VNNI and VBMI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     /// AVX-512 F, BW, DQ, VL with F16C and FMA.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -35,6 +38,9 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
                 {
+                    if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi") {
+                        found.push(Self::Avx512Vnni);
+                    }
                     found.push(Self::Avx512);
                 }
                 found.push(Self::Avx2);
@@ -47,6 +53,8 @@ impl Isa {
     /// Name for people and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -83,7 +91,9 @@ macro_rules! dispatch {
             match isa {
                 // SAFETY: the processor has these instructions, since `isa` is available.
                 #[cfg(target_arch = "x86_64")]
-                $crate::cpu::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::cpu::simd::Isa::Avx512Vnni | $crate::cpu::simd::Isa::Avx512 => unsafe {
+                    avx512($($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -147,15 +157,11 @@ pub(crate) trait Lanes: Copy {
     unsafe fn from_bf16(p: *const u16) -> Self;
     /// 16 IEEE halves.
     unsafe fn from_f16(p: *const u16) -> Self;
-    /// Signed byte `index` of each of 16 words.
-    unsafe fn from_i8(p: *const u32, index: usize) -> Self;
     /// 16 E8M0 bytes: 2^(b - 127), NaN for 255.
     unsafe fn from_e8m0(p: *const u8) -> Self;
     /// 16 FP8 codes whose fields are `fields`.
     unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self;
-    /// The four low (`half` 0) or high (`half` 1) nibbles of 16 words' bytes, through `table`.
-    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4];
-    /// 6-bit sign-magnitude codes: bits 0..=3 are the nibbles as in [`from_nibbles`](Self::from_nibbles) of `low`, bits
+    /// Four 6-bit sign-magnitude codes of each word: bits 0..=3 are the low (`half` 0) or high nibbles of `low`'s bytes, bits
     /// 4 and 5 bits `2 * pair` and `2 * pair + 1` of the bytes of `high`. `table` has the 32 magnitudes.
     unsafe fn from_sextets(
         low: *const u32,
@@ -219,7 +225,7 @@ pub(crate) trait Lanes: Copy {
 
 /// The defining lanes: plain Rust.
 #[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; LANES]);
+pub(crate) struct Portable(pub(in crate::cpu) [f32; LANES]);
 
 impl Portable {
     #[inline(always)]
@@ -307,12 +313,6 @@ impl Lanes for Portable {
         Self(v.map(|b| half::f16::from_bits(b).to_f32()))
     }
     #[inline(always)]
-    unsafe fn from_i8(p: *const u32, index: usize) -> Self {
-        // SAFETY: the trait's contract.
-        let v = unsafe { p.cast::<[[i8; 4]; LANES]>().read_unaligned() };
-        Self(v.map(|bytes| f32::from(bytes[index])))
-    }
-    #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
         // SAFETY: the trait's contract.
         let v = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
@@ -323,12 +323,6 @@ impl Lanes for Portable {
         // SAFETY: the trait's contract.
         let v = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
         Self(v.map(|c| half::f16::from_bits(half_bits(c.into(), fields)).to_f32() * fields.factor))
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
-        // SAFETY: the trait's contract.
-        let v = unsafe { p.cast::<[[u8; 4]; LANES]>().read_unaligned() };
-        std::array::from_fn(|j| Self(v.map(|bytes| table[usize::from(bytes[j] >> (4 * half)) & 15])))
     }
     #[inline(always)]
     unsafe fn from_sextets(
@@ -356,5 +350,8 @@ impl Lanes for Portable {
     }
 }
 
+pub(crate) mod dot;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86_dot;

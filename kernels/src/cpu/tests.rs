@@ -5,9 +5,9 @@ use super::*;
 use crate::backend::{DenseDtype, KV_BLOCK_TOKENS};
 use crate::mx::{
     Block, Cast, ElementRounding, ElementType, MxFormat, MxTensor, ScaleRounding, Specials, Values,
-    quantize_rows,
+    quantize_dequantize, quantize_rows,
 };
-use crate::reference;
+use crate::reference::{self, BlockSum};
 
 /// Seeded numbers in [-1, 1), with some structure in their magnitudes.
 struct Random(u64);
@@ -107,14 +107,19 @@ impl TestWeight {
         WeightSource::Mx { tensor: self.tensor(), scale_rounding: ScaleRounding::Floor, activation }
     }
 
-    /// Element values and scales such that value = element * scale; integers carry no fraction in the element.
+    /// How its products are summed.
+    fn sum(&self) -> BlockSum {
+        let integers = self.format.element.spec().int8_factor().is_some();
+        if integers { BlockSum::Exact } else { BlockSum::Chained }
+    }
+
+    /// Element values and scales.
     fn parts(&self) -> (Vec<f32>, Vec<f32>) {
         let spec = self.format.element.spec();
-        let unit = if spec.bits == 8 && spec.exponent_bits == 0 { 2.0_f32.powi(-6) } else { 1.0 };
         let mut codes = vec![0; self.shape[0] * self.shape[1]];
         crate::mx::unpack(&self.codes, spec.bits, &mut codes);
-        let elements = codes.iter().map(|&c| self.format.element.decode(c) / unit).collect();
-        let scales = self.scales.iter().map(|&s| crate::mx::E8m0(s).to_f32() * unit).collect();
+        let elements = codes.iter().map(|&c| self.format.element.decode(c)).collect();
+        let scales = self.scales.iter().map(|&s| crate::mx::E8m0(s).to_f32()).collect();
         (elements, scales)
     }
 }
@@ -129,7 +134,12 @@ fn linear_equals_its_definition_for_every_format_and_number_of_rows() {
             let bias = Random(3).vec(shape[0]);
             for rows in [1, 2, 3, 4, 5, 12, 17, 31] {
                 let x = Random(11).vec(rows * shape[1]);
-                let expected = reference::linear(&x, &elements, Some(&scales), Some(&bias), shape);
+                let seen = match weight.sum() {
+                    BlockSum::Exact => reference::block_fixed_point(&x),
+                    BlockSum::Chained => x.clone(),
+                };
+                let expected =
+                    reference::linear(weight.sum(), &seen, &elements, Some(&scales), Some(&bias), shape);
                 for backend in backends() {
                     let what = format!("{element:?} {shape:?} x {rows} on {}", backend.description());
                     let w = backend.upload(&[weight.source(None)], Some(&bias)).unwrap();
@@ -160,7 +170,7 @@ fn dense_linear_takes_any_number_of_columns_and_each_dtype() {
             };
             for rows in [1, 6, 13] {
                 let x = Random(2).vec(rows * shape[1]);
-                let expected = reference::linear(&x, &elements, None, None, shape);
+                let expected = reference::linear(BlockSum::Chained, &x, &elements, None, None, shape);
                 for backend in backends() {
                     let source = WeightSource::Dense { dtype, shape, bytes: &bytes };
                     let w = backend.upload(&[source], None).unwrap();
@@ -202,7 +212,11 @@ fn declared_activations_are_quantized() {
                 tensor.dequantize_row(0, &mut quantized);
                 assert_ne!(quantized, x);
                 let bias = Random(6).vec(35);
-                let expected = reference::linear(&quantized, &elements, Some(&scales), Some(&bias), shape);
+                if weight.sum() == BlockSum::Exact && activation.spec().int8_factor().is_none() {
+                    quantized = reference::block_fixed_point(&quantized);
+                }
+                let expected =
+                    reference::linear(weight.sum(), &quantized, &elements, Some(&scales), Some(&bias), shape);
                 for backend in backends() {
                     let w = backend.upload(&[weight.source(Some(cast))], Some(&bias)).unwrap();
                     let mut out = poison(&backend, rows * 35);
@@ -531,13 +545,46 @@ fn both_ends_of_the_scales_are_multiplied_as_defined() {
     let cast = Cast::from("mxint8".parse::<MxFormat>().unwrap());
     let mut quantized = vec![0.0; x.len()];
     quantize_dequantize(cast, &x, &mut quantized);
-    let expected = reference::linear(&quantized, &elements, Some(&scales), None, shape);
-    for backend in backends() {
-        let w = backend.upload(&[weight.source(Some(cast))], None).unwrap();
-        for rows in [1, 5] {
+    for (activation, seen) in [(Some(cast), quantized), (None, reference::block_fixed_point(&x))] {
+        let expected = reference::linear(weight.sum(), &seen, &elements, Some(&scales), None, shape);
+        for backend in backends() {
+            let w = backend.upload(&[weight.source(activation)], None).unwrap();
+            for rows in [1, 5] {
+                let mut out = poison(&backend, rows * 16);
+                backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, 16, 0);
+                assert_bits(&read(&backend, &out), &expected[..rows * 16], &backend.description());
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_of_every_magnitude_are_multiplied_as_defined() {
+    let shape = [16, 32];
+    let mut random = Random(8);
+    // Values just below and at the points where a block's exponent changes, subnormals, zeros, and what is too large.
+    let edge = f32::from_bits(32639.0_f32.to_bits() - 1);
+    let peaks = [0.0, 1e-45, 1e-40, 2.0_f32.powi(-113), 1.0, 32639.0, edge, 2.0_f32.powi(99)];
+    let mut x: Vec<f32> =
+        peaks.iter().flat_map(|peak| random.vec(32).into_iter().map(move |v| v * peak)).collect();
+    peaks.iter().zip(x.chunks_exact_mut(32)).for_each(|(peak, row)| row[7] = -peak);
+    // Halves of a step: ties go to even.
+    x.extend((0..32).map(|i| if i == 0 { 16384.0 } else { i as f32 - 15.5 }));
+    for too_large in [2.0_f32.powi(100), -f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+        x.extend((0..32).map(|i| if i == 9 { too_large } else { 1.0 }));
+    }
+    let rows = x.len() / 32;
+    for element in [ElementType::E2m1, ElementType::E2m3, ElementType::Int8, ElementType::E3m0] {
+        let weight = TestWeight::random(MxFormat::new(element), shape, 3);
+        let (elements, scales) = weight.parts();
+        let seen = reference::block_fixed_point(&x);
+        let expected = reference::linear(BlockSum::Exact, &seen, &elements, Some(&scales), None, shape);
+        assert_eq!(expected.iter().position(|v| v.is_nan()), Some((rows - 5) * 16));
+        for backend in backends() {
+            let w = backend.upload(&[weight.source(None)], None).unwrap();
             let mut out = poison(&backend, rows * 16);
             backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, 16, 0);
-            assert_bits(&read(&backend, &out), &expected[..rows * 16], &backend.description());
+            assert_bits(&read(&backend, &out), &expected, &format!("{element:?} {}", backend.description()));
         }
     }
 }

@@ -19,5 +19,6 @@ pub use pack::{pack, unpack};
 pub use quantize::{
     ElementRounding, Energy, NonFinite, Values, quantize_block, quantize_dequantize, quantize_rows,
 };
+pub(crate) use scale::SharedExponent;
 pub use scale::{E8m0, ScaleRounding};
 pub use tensor::{MxTensor, MxTensorError};

@@ -26,7 +26,7 @@ impl E8m0 {
     }
 
     /// 2^(127 - byte): what values are multiplied with to bring them onto the element's grid. Not for [`E8m0::NAN`].
-    pub(super) const fn reciprocal(self) -> Self {
+    pub(crate) const fn reciprocal(self) -> Self {
         Self(254 - self.0)
     }
 
@@ -96,14 +96,14 @@ impl FromStr for ScaleRounding {
 ///
 /// With amax = 2^E * (1 + fraction / 2^23) every rule but the search is `E + [fraction >= threshold] - emax`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SharedExponent {
+pub(crate) struct SharedExponent {
     emax: i32,
     threshold: u32,
 }
 
 impl SharedExponent {
     /// `rounding` for `spec`; [`ScaleRounding::Mse`] starts its search from `Even`.
-    pub(super) const fn new(spec: &ElementSpec, rounding: ScaleRounding) -> Self {
+    pub(crate) const fn new(spec: &ElementSpec, rounding: ScaleRounding) -> Self {
         const FRACTION: u32 = (1 << 23) - 1;
         let threshold = match rounding {
             ScaleRounding::Floor => FRACTION + 1,
@@ -117,7 +117,7 @@ impl SharedExponent {
 
     /// The scale of a block whose largest magnitude has the F32 bits `amax_bits` (finite). Zero gives byte 0.
     #[inline(always)]
-    pub(super) fn of(self, amax_bits: u32) -> E8m0 {
+    pub(crate) fn of(self, amax_bits: u32) -> E8m0 {
         // F64 has every F32 subnormal as a normal number.
         let bits = f64::from(f32::from_bits(amax_bits)).to_bits();
         let exponent = (bits >> 52) as i32 - 1023;

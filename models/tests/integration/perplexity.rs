@@ -100,9 +100,10 @@ fn quantized_perplexities_are_the_reference() {
         let actual: Vec<_> =
             tokens.chunks(WINDOW).take(SOME).map(|window| nll(&mut runner, window)).collect();
         let off = perplexity(&actual) / perplexity(&reference.nll[..SOME]) - 1.0;
-        // Rounding activations turns differences in a sum's last bits into steps of the element's grid.
+        // Without a declared format activations are rounded to 16-bit block fixed point, if at all. Rounding to the grid of
+        // an element turns such differences into its steps.
         let tolerance = match scheme.activation {
-            None => 2e-6,
+            None => 2e-5,
             Some(cast) if cast.format.element == ElementType::E2m1 => 0.01,
             Some(_) => 0.005,
         };

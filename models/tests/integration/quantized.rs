@@ -121,7 +121,13 @@ fn check(case: &str, scheme: impl Fn(&str) -> Option<Scheme>) -> Vec<LinearInfo>
     let (decoded, _) = logits(pair.decoded.path(), &golden);
     let (packed, linears) = logits(pair.packed.path(), &golden);
     let errors = Errors::between(&packed, &decoded);
-    assert!(errors.max <= 3e-5, "{case}, {linears:?}: {errors:?}");
+    // The CPU rounds what weights of integers are multiplied by to 16-bit block fixed point, whose error is up to 2^-15 of
+    // a block's largest magnitude in each layer; all else differs in the order of F32 sums alone.
+    let rounds = |row: &LinearInfo| {
+        row.scheme.is_some_and(|scheme| scheme.weight.format.element.spec().int8_factor().is_some())
+    };
+    let bound = if linears.iter().any(rounds) { 2e-3 } else { 3e-5 };
+    assert!(errors.max <= bound, "{case}, {linears:?}: {errors:?}");
     assert!(Errors::between(&packed, &golden.logits).rms > 1e-3, "{case}: quantization changes the logits");
     linears
 }

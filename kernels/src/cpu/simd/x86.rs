@@ -114,14 +114,6 @@ impl Lanes for Avx512 {
         Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
     }
     #[inline(always)]
-    unsafe fn from_i8(p: *const u32, index: usize) -> Self {
-        Self(unsafe {
-            let shift = _mm_cvtsi32_si128(24 - 8 * index as i32);
-            let top = _mm512_sll_epi32(_mm512_loadu_si512(p.cast()), shift);
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(top))
-        })
-    }
-    #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
         Self(unsafe {
             let byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
@@ -140,20 +132,6 @@ impl Lanes for Avx512 {
             let code = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
             _mm512_mul_ps(_mm512_cvtph_ps(place_fields(code, fields)), _mm512_set1_ps(fields.factor))
         })
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
-        unsafe {
-            let table = _mm512_loadu_ps(table.as_ptr());
-            let w = _mm512_loadu_si512(p.cast());
-            let mut quad = [Self(table); 4];
-            for (j, out) in quad.iter_mut().enumerate() {
-                // The permutation looks at an index's low four bits only.
-                let shift = _mm_cvtsi32_si128((8 * j + 4 * half) as i32);
-                *out = Self(_mm512_permutexvar_ps(_mm512_srl_epi32(w, shift), table));
-            }
-            quad
-        }
     }
     #[inline(always)]
     unsafe fn from_sextets(
@@ -181,7 +159,7 @@ impl Lanes for Avx512 {
 
 /// Two 256-bit registers, lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256, __m256);
+pub(crate) struct Avx2(pub(in crate::cpu) __m256, pub(in crate::cpu) __m256);
 
 impl Avx2 {
     #[inline(always)]
@@ -333,18 +311,6 @@ impl Lanes for Avx2 {
         unsafe { Self::from_halves(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn from_i8(p: *const u32, index: usize) -> Self {
-        unsafe {
-            let shift = _mm_cvtsi32_si128(24 - 8 * index as i32);
-            let lo = _mm256_sll_epi32(_mm256_loadu_si256(p.cast()), shift);
-            let hi = _mm256_sll_epi32(_mm256_loadu_si256(p.add(8).cast()), shift);
-            Self(
-                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(lo)),
-                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(hi)),
-            )
-        }
-    }
-    #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
         unsafe { Self(Self::e8m0_half(p), Self::e8m0_half(p.add(8))) }
     }
@@ -353,21 +319,6 @@ impl Lanes for Avx2 {
         unsafe {
             let code = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
             Self::from_halves(place_fields(code, fields)).mul(Self::splat(fields.factor))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(p: *const u32, half: usize, table: &[f32; 16]) -> [Self; 4] {
-        unsafe {
-            let (lo, hi) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
-            let mut quad = [Self::splat(0.0); 4];
-            for (j, out) in quad.iter_mut().enumerate() {
-                let shift = _mm_cvtsi32_si128((8 * j + 4 * half) as i32);
-                *out = Self(
-                    Self::lookup16(_mm256_srl_epi32(lo, shift), table),
-                    Self::lookup16(_mm256_srl_epi32(hi, shift), table),
-                );
-            }
-            quad
         }
     }
     #[inline(always)]

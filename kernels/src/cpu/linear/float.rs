@@ -1,23 +1,13 @@
-//! Matrix products of packed weights.
-//!
-//! The definition, which every path here follows exactly, for output n of row m:
-//!
-//! ```text
-//! total = 0
-//! for each block b of 32 along K:
-//!     s = 0;  for k in the block, in order:  s = fma(w[n, k], x[m, k], s)      w: the element, without its scale
-//!     total = fma(s, 2^e(n, b), total)                                         dense weights: total = total + s
-//! out = total + bias[n]
-//! ```
-//!
-//! So a result depends neither on M, nor on the split of the work, nor on the instruction set.
+//! Products in F32: for weights that are no integers (MXFP8, E3M2, dense ones).
 
 #![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by row group and token")]
 
-use super::packed::{BLOCK, PackedWeight, Storage};
-use super::pool::Pool;
-use super::simd::{Isa, LANES, Lanes, dispatch};
+use std::ops::Range;
+
+use super::{Output, Part};
 use crate::backend::DenseDtype;
+use crate::cpu::packed::{BLOCK, PackedWeight, Storage};
+use crate::cpu::simd::{HalfFields, LANES, Lanes, dispatch};
 
 /// Rows (tokens) up to which weights are decoded in registers instead of into scratch.
 const STREAM_ROWS: usize = 4;
@@ -25,7 +15,7 @@ const STREAM_ROWS: usize = 4;
 const STREAM_GROUPS: usize = 4;
 /// Tile of the blocked product: row groups x tokens held in registers.
 const TILE_GROUPS: usize = 2;
-const TILE_TOKENS: usize = 12;
+pub(super) const TILE_TOKENS: usize = 12;
 /// Tokens of a tile of one row group where there are sixteen registers of half the size.
 const NARROW_TILE_TOKENS: usize = 6;
 /// Blocks along K that are decoded into scratch at a time: 32 x 32 x 2 x 16 floats, 128 KiB of the L2 cache.
@@ -44,27 +34,15 @@ trait Codec: Copy {
 }
 
 #[derive(Clone, Copy)]
-struct Nibbles<'a>(&'a [f32; 16]);
-#[derive(Clone, Copy)]
 struct Sextets<'a>(&'a [f32; 32]);
 #[derive(Clone, Copy)]
-struct Fp8(super::simd::HalfFields);
-#[derive(Clone, Copy)]
-struct Int8;
+struct Fp8(HalfFields);
 #[derive(Clone, Copy)]
 struct Bf16;
 #[derive(Clone, Copy)]
 struct F16;
 #[derive(Clone, Copy)]
 struct F32;
-
-impl Codec for Nibbles<'_> {
-    #[inline(always)]
-    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
-        // SAFETY: words q / 2 of the block's rows.
-        unsafe { L::from_nibbles(block.cast::<u32>().add(q / 2 * LANES), q % 2, self.0) }
-    }
-}
 
 impl Codec for Sextets<'_> {
     #[inline(always)]
@@ -74,17 +52,6 @@ impl Codec for Sextets<'_> {
         unsafe {
             let (low, high) = (words.add(q / 2 * LANES), words.add((4 + q / 4) * LANES));
             L::from_sextets(low, q % 2, high, q % 4, self.0)
-        }
-    }
-}
-
-impl Codec for Int8 {
-    #[inline(always)]
-    unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
-        // SAFETY: words q of the block's rows.
-        unsafe {
-            let words = block.cast::<u32>().add(q * LANES);
-            [L::from_i8(words, 0), L::from_i8(words, 1), L::from_i8(words, 2), L::from_i8(words, 3)]
         }
     }
 }
@@ -114,20 +81,14 @@ element_codec!(Bf16, 2, |_codec, p| L::from_bf16(p.cast()));
 element_codec!(F16, 2, |_codec, p| L::from_f16(p.cast()));
 element_codec!(F32, 4, |_codec, p| L::load(p.cast()));
 
-/// What one call of [`linear`] works on.
+/// What one call works on.
 #[derive(Clone, Copy)]
-struct Problem<'a> {
-    weight: &'a PackedWeight,
-    /// Power of two by which every scale is multiplied; 1 for dense weights.
-    scale_factor: f32,
-    bias: Option<&'a [f32]>,
+pub(super) struct Problem<'a> {
+    pub(super) weight: &'a PackedWeight,
     /// `[tokens, x_stride]`, columns padded with zeros to whole blocks.
-    x: *const f32,
-    x_stride: usize,
-    tokens: usize,
-    /// `[tokens, out_stride]`, at the first of the N columns.
-    out: *mut f32,
-    out_stride: usize,
+    pub(super) x: *const f32,
+    pub(super) x_stride: usize,
+    pub(super) out: Output<'a>,
 }
 
 // SAFETY: tasks write disjoint columns of `out`, and nothing writes `x`.
@@ -161,28 +122,7 @@ impl Problem<'_> {
         // SAFETY: the caller's group and block are inside the weight, which has scales.
         unsafe {
             let index = group * self.weight.blocks() + block;
-            L::from_e8m0(self.weight.scales.as_ptr().add(index * LANES)).mul(L::splat(self.scale_factor))
-        }
-    }
-
-    /// Adds the bias and writes the lanes of `group` that are rows of the weight.
-    #[inline(always)]
-    unsafe fn finish<L: Lanes>(&self, group: usize, token: usize, total: L) {
-        let first = group * LANES;
-        let lanes = (self.weight.shape[0] - first).min(LANES);
-        let mut values = [0.0; LANES];
-        // SAFETY: `lanes` columns from `first` belong to this group.
-        unsafe {
-            let out = self.out.add(token * self.out_stride + first);
-            match self.bias {
-                None if lanes == LANES => total.store(out),
-                _ => {
-                    total.store(values.as_mut_ptr());
-                    for (i, value) in values[..lanes].iter().enumerate() {
-                        *out.add(i) = value + self.bias.map_or(0.0, |bias| bias[first + i]);
-                    }
-                }
-            }
+            L::from_e8m0(self.weight.scales.as_ptr().add(index * LANES))
         }
     }
 }
@@ -218,7 +158,7 @@ unsafe fn stream<L: Lanes, C: Codec, const SCALED: bool, const G: usize, const T
         }
         for g in 0..G {
             for t in 0..T {
-                p.finish(group + g, t, total[g][t]);
+                p.out.write(group + g, t, total[g][t]);
             }
         }
     }
@@ -257,7 +197,7 @@ unsafe fn tile<L: Lanes, const SCALED: bool, const G: usize, const T: usize>(
     p: &Problem<'_>,
     decoded: *const f32,
     scales: &[[L; TILE_GROUPS]; PANEL_BLOCKS],
-    panel: std::ops::Range<usize>,
+    panel: Range<usize>,
     first: usize,
     token: usize,
     totals: *mut f32,
@@ -305,22 +245,23 @@ unsafe fn tiles<L: Lanes, const SCALED: bool, const G: usize, const T: usize>(
     p: &Problem<'_>,
     decoded: *const f32,
     scales: &[[L; TILE_GROUPS]; PANEL_BLOCKS],
-    panel: std::ops::Range<usize>,
+    panel: Range<usize>,
     first: usize,
+    tokens: Range<usize>,
     totals: *mut f32,
 ) {
     // SAFETY: the caller's panel is inside the problem, `decoded` and `totals`.
     unsafe {
-        let mut token = 0;
-        while token + T <= p.tokens {
+        let mut token = tokens.start;
+        while token + T <= tokens.end {
             tile::<L, SCALED, G, T>(p, decoded, scales, panel.clone(), first, token, totals);
             token += T;
         }
-        while token + 3 <= p.tokens {
+        while token + 3 <= tokens.end {
             tile::<L, SCALED, G, 3>(p, decoded, scales, panel.clone(), first, token, totals);
             token += 3;
         }
-        while token < p.tokens {
+        while token < tokens.end {
             tile::<L, SCALED, G, 1>(p, decoded, scales, panel.clone(), first, token, totals);
             token += 1;
         }
@@ -333,12 +274,14 @@ unsafe fn blocked<L: Lanes, C: Codec, const SCALED: bool, const G: usize>(
     p: &Problem<'_>,
     codec: C,
     group: usize,
+    tokens: Range<usize>,
     scratch: *mut f32,
-    totals: *mut f32,
 ) {
-    // SAFETY: the caller's groups are inside the weight, `scratch` holds a panel, `totals` all tokens.
+    // SAFETY: the caller's groups are inside the weight, `scratch` holds a panel and the totals of all tokens.
     unsafe {
-        std::ptr::write_bytes(totals, 0, p.tokens * TILE_GROUPS * LANES);
+        let totals = scratch.add(PANEL_FLOATS);
+        let width = TILE_GROUPS * LANES;
+        std::ptr::write_bytes(totals.add(tokens.start * width), 0, tokens.len() * width);
         let blocks = p.weight.blocks();
         for start in (0..blocks).step_by(PANEL_BLOCKS) {
             let panel = start..(start + PANEL_BLOCKS).min(blocks);
@@ -358,7 +301,7 @@ unsafe fn blocked<L: Lanes, C: Codec, const SCALED: bool, const G: usize>(
                 }
             }
             if L::REGISTERS >= 32 {
-                tiles::<L, SCALED, G, TILE_TOKENS>(p, scratch, &scales, panel, 0, totals);
+                tiles::<L, SCALED, G, TILE_TOKENS>(p, scratch, &scales, panel, 0, tokens.clone(), totals);
             } else {
                 for first in 0..G {
                     tiles::<L, SCALED, 1, NARROW_TILE_TOKENS>(
@@ -367,146 +310,76 @@ unsafe fn blocked<L: Lanes, C: Codec, const SCALED: bool, const G: usize>(
                         &scales,
                         panel.clone(),
                         first,
+                        tokens.clone(),
                         totals,
                     );
                 }
             }
         }
-        for token in 0..p.tokens {
+        for token in tokens {
             for g in 0..G {
-                p.finish(group + g, token, L::load(totals.add((token * TILE_GROUPS + g) * LANES)));
+                p.out.write(group + g, token, L::load(totals.add((token * TILE_GROUPS + g) * LANES)));
             }
         }
     }
 }
 
-/// One thread's part: row groups `from..to`.
-#[derive(Clone, Copy)]
-struct Part {
-    from: usize,
-    to: usize,
-    scratch: *mut f32,
-    totals: *mut f32,
-}
-
 #[inline(always)]
-unsafe fn run_codec<L: Lanes, C: Codec, const SCALED: bool>(p: &Problem<'_>, codec: C, part: Part) {
+unsafe fn run_codec<L: Lanes, C: Codec, const SCALED: bool>(
+    p: &Problem<'_>,
+    codec: C,
+    part: &Part,
+    scratch: *mut f32,
+) {
     // SAFETY: the caller's part is inside the problem.
     unsafe {
-        let Part { from, to, .. } = part;
-        match p.tokens {
-            1 => return stream_groups::<L, C, SCALED, STREAM_GROUPS, 1>(p, codec, from, to),
-            2 => return stream_groups::<L, C, SCALED, 2, 2>(p, codec, from, to),
-            3 => return stream_groups::<L, C, SCALED, 1, 3>(p, codec, from, to),
-            STREAM_ROWS => return stream_groups::<L, C, SCALED, 1, STREAM_ROWS>(p, codec, from, to),
-            _ => {}
+        let Range { start: from, end: to } = part.groups;
+        if part.tokens.start == 0 {
+            match part.tokens.end {
+                1 => return stream_groups::<L, C, SCALED, STREAM_GROUPS, 1>(p, codec, from, to),
+                2 => return stream_groups::<L, C, SCALED, 2, 2>(p, codec, from, to),
+                3 => return stream_groups::<L, C, SCALED, 1, 3>(p, codec, from, to),
+                STREAM_ROWS => return stream_groups::<L, C, SCALED, 1, STREAM_ROWS>(p, codec, from, to),
+                _ => {}
+            }
         }
-        let mut group = part.from;
-        while group + TILE_GROUPS <= part.to {
-            blocked::<L, C, SCALED, TILE_GROUPS>(p, codec, group, part.scratch, part.totals);
+        let mut group = from;
+        while group + TILE_GROUPS <= to {
+            blocked::<L, C, SCALED, TILE_GROUPS>(p, codec, group, part.tokens.clone(), scratch);
             group += TILE_GROUPS;
         }
-        if group < part.to {
-            blocked::<L, C, SCALED, 1>(p, codec, group, part.scratch, part.totals);
+        if group < to {
+            blocked::<L, C, SCALED, 1>(p, codec, group, part.tokens.clone(), scratch);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn run_part<L: Lanes>(p: &Problem<'_>, part: Part) {
+unsafe fn run<L: Lanes>(p: &Problem<'_>, part: &Part, scratch: *mut f32) {
     // SAFETY: the caller's part is inside the problem.
     unsafe {
         match &p.weight.storage {
-            Storage::Nibbles(table) => run_codec::<L, _, true>(p, Nibbles(table), part),
-            Storage::Sextets(table) => run_codec::<L, _, true>(p, Sextets(table), part),
-            Storage::Fp8(fields) => run_codec::<L, _, true>(p, Fp8(*fields), part),
-            Storage::Int8 { .. } => run_codec::<L, _, true>(p, Int8, part),
-            Storage::Dense(DenseDtype::Bf16) => run_codec::<L, _, false>(p, Bf16, part),
-            Storage::Dense(DenseDtype::F16) => run_codec::<L, _, false>(p, F16, part),
-            Storage::Dense(DenseDtype::F32) => run_codec::<L, _, false>(p, F32, part),
+            Storage::Sextets(table) => run_codec::<L, _, true>(p, Sextets(table), part, scratch),
+            Storage::Fp8(fields) => run_codec::<L, _, true>(p, Fp8(*fields), part, scratch),
+            Storage::Dense(DenseDtype::Bf16) => run_codec::<L, _, false>(p, Bf16, part, scratch),
+            Storage::Dense(DenseDtype::F16) => run_codec::<L, _, false>(p, F16, part, scratch),
+            Storage::Dense(DenseDtype::F32) => run_codec::<L, _, false>(p, F32, part, scratch),
+            Storage::Nibbles(_) | Storage::Int8 { .. } => unreachable!("elements that are all integers"),
         }
     }
 }
 
 dispatch! {
-    /// Runs a part of the problem.
-    fn run_part_on(p: &Problem<'_>, part: Part) = run_part
+    /// Runs a part of the problem; `scratch` holds [`scratch_floats`].
+    pub(super) fn run_on(p: &Problem<'_>, part: &Part, scratch: *mut f32) = run
 }
 
-/// Floats of scratch that each thread of [`linear`] needs for `tokens` tokens: a decoded panel, and totals.
-pub(crate) const fn scratch_floats(tokens: usize) -> usize {
+/// Row groups that share a task's decoded panel.
+pub(super) const fn panel_groups(tokens: usize) -> usize {
+    if tokens <= STREAM_ROWS { 1 } else { TILE_GROUPS }
+}
+
+/// Floats of a thread's scratch for `tokens` tokens: a decoded panel, and totals.
+pub(super) const fn scratch_floats(tokens: usize) -> usize {
     PANEL_FLOATS + tokens * TILE_GROUPS * LANES
-}
-
-/// Row groups of one task when weights are streamed: about six, in a number of tasks that all threads share equally.
-/// A thread that another process delays leaves its tasks to the others.
-pub(crate) fn streamed_groups_per_task(groups: usize, threads: usize) -> usize {
-    const WANTED: usize = 6;
-    let rounds = (groups as f64 / (threads * WANTED) as f64).round().max(1.0) as usize;
-    groups.div_ceil(threads * rounds).max(1)
-}
-
-/// Where a product's result goes: N columns from `column` of rows of `width`.
-#[derive(Clone, Copy)]
-pub(crate) struct OutColumns {
-    pub(crate) width: usize,
-    pub(crate) column: usize,
-}
-
-/// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]` for `tokens` rows. `x` is `[tokens, x_stride]`, its
-/// columns from K to the end of the last block zero.
-/// `scratch` holds [`scratch_floats`] for each thread.
-///
-/// # Panics
-/// A slice is too short.
-#[allow(clippy::too_many_arguments, reason = "a matrix product")]
-pub(crate) fn linear(
-    isa: Isa,
-    pool: &mut Pool,
-    scratch: &mut [f32],
-    weight: &PackedWeight,
-    bias: Option<&[f32]>,
-    x: &[f32],
-    x_stride: usize,
-    tokens: usize,
-    out: &mut [f32],
-    columns: OutColumns,
-) {
-    let OutColumns { width, column } = columns;
-    if tokens == 0 {
-        return;
-    }
-    assert!(x_stride >= weight.blocks() * BLOCK && x.len() >= tokens * x_stride, "x holds whole blocks");
-    assert!(column + weight.shape[0] <= width && out.len() >= tokens * width, "out holds the result");
-    assert!(bias.is_none_or(|bias| bias.len() == weight.shape[0]), "one bias per output");
-    let threads = pool.threads();
-    let scale_factor = match weight.storage {
-        Storage::Int8 { fraction_bits } => 1.0 / (1u32 << fraction_bits) as f32,
-        _ => 1.0,
-    };
-    let problem = Problem {
-        weight,
-        scale_factor,
-        bias,
-        x: x.as_ptr(),
-        x_stride,
-        tokens,
-        // SAFETY: inside `out`, as asserted.
-        out: unsafe { out.as_mut_ptr().add(column) },
-        out_stride: width,
-    };
-    let pieces = super::pool::DisjointSlices::new(scratch, scratch_floats(tokens));
-    let groups = weight.groups();
-    let per_task =
-        if tokens <= STREAM_ROWS { streamed_groups_per_task(groups, threads) } else { TILE_GROUPS };
-    pool.run(groups.div_ceil(per_task), &|task, thread| {
-        // SAFETY: one piece per thread; the part's groups are this task's alone; `isa` is available.
-        unsafe {
-            let scratch = pieces.slice(thread).as_mut_ptr();
-            let from = task * per_task;
-            let part =
-                Part { from, to: (from + per_task).min(groups), scratch, totals: scratch.add(PANEL_FLOATS) };
-            run_part_on(isa, &problem, part);
-        }
-    });
 }

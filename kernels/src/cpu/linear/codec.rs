@@ -1,0 +1,159 @@
+//! How the codes of a weight become the integers of an int8 dot product.
+
+use crate::cpu::packed::BLOCK;
+use crate::cpu::simd::dot::Dot;
+use crate::mx::{Cast, ElementType, Scheme};
+
+/// Which elements a block's bytes hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CodeKind {
+    /// 4-bit codes.
+    Nibbles,
+    /// 6-bit codes.
+    Sextets,
+    /// Two's complement bytes.
+    Bytes,
+}
+
+/// A weight whose elements are integers times a power of two, and the integers its activations become.
+#[derive(Debug, Clone)]
+pub(crate) struct IntegerCodec {
+    pub(super) kind: CodeKind,
+    /// The integer of each code; of the low four bits where codes have four.
+    pub(super) integers: [i8; 64],
+    /// The power of two that makes integers of the elements: E2M1 x 2, E2M3 x 8, INT8 x 64.
+    pub(super) factor_log2: i32,
+    /// Activations that have integers of their own in a byte.
+    pub(super) image: Option<Cast>,
+}
+
+impl IntegerCodec {
+    /// The codec for `scheme`; `None` if its weights are no integers.
+    pub(crate) fn for_scheme(scheme: Scheme) -> Option<Self> {
+        let element = scheme.weight.format.element;
+        let factor = element.spec().int8_factor()?;
+        let bits = element.spec().bits;
+        let kind = match bits {
+            4 => CodeKind::Nibbles,
+            6 => CodeKind::Sextets,
+            _ => CodeKind::Bytes,
+        };
+        let code = |c: usize| (c & ((1 << bits.min(6)) - 1)) as u8;
+        let has_image = |cast: &Cast| {
+            cast.format.block.size() == BLOCK && cast.format.element.spec().int8_factor().is_some()
+        };
+        Some(Self {
+            kind,
+            integers: std::array::from_fn(|c| (element.decode(code(c)) * factor) as i8),
+            factor_log2: log2(factor),
+            image: scheme.activation.filter(has_image),
+        })
+    }
+
+    /// The table for [`Dot::table`], raised by `offset`.
+    pub(super) fn table(&self, offset: i32) -> [u8; 64] {
+        self.integers.map(|i| (i32::from(i) + offset) as u8)
+    }
+
+    /// Whether activations are held in 16 bits.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.image.is_none()
+    }
+}
+
+/// Exponent of a power of two.
+pub(super) const fn log2(power: f32) -> i32 {
+    (power.to_bits() >> 23) as i32 - 127
+}
+
+/// The integer factor of an element type with int8 integers, as an exponent.
+pub(super) fn factor_log2(element: ElementType) -> Option<i32> {
+    element.spec().int8_factor().map(log2)
+}
+
+/// Decodes quads, four consecutive elements along K of a row group, and multiplies them.
+///
+/// # Safety
+/// As [`Dot`]; `block` points to a whole block of the layout, `half < 2`.
+pub(super) trait Codec<D: Dot>: Copy {
+    /// Whether products are those of [`Dot::dot_bytes`].
+    const BYTES: bool;
+    /// The codec of `weight`'s integers.
+    unsafe fn new(codec: &IntegerCodec) -> Self;
+    /// Quads `4 * half .. 4 * half + 4` of a block.
+    unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4];
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Nibbles<D: Dot>(D::Table);
+#[derive(Clone, Copy)]
+pub(super) struct Sextets<D: Dot>(D::Table);
+#[derive(Clone, Copy)]
+pub(super) struct Bytes;
+
+/// Words `w` of a block's rows.
+#[inline(always)]
+unsafe fn words<D: Dot>(block: *const u8, w: usize) -> D {
+    // SAFETY: the caller's block has them.
+    unsafe { D::load(block.add(w * size_of::<[u32; 16]>())) }
+}
+
+impl<D: Dot> Codec<D> for Nibbles<D> {
+    const BYTES: bool = false;
+    #[inline(always)]
+    unsafe fn new(codec: &IntegerCodec) -> Self {
+        // SAFETY: the trait's contract.
+        Self(unsafe { D::table(&codec.table(D::CODE_OFFSET)) })
+    }
+    #[inline(always)]
+    unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let (a, b) = (words::<D>(block, 2 * half), words::<D>(block, 2 * half + 1));
+            let t = self.0;
+            [a.nibbles::<false>(t), a.nibbles::<true>(t), b.nibbles::<false>(t), b.nibbles::<true>(t)]
+        }
+    }
+}
+
+impl<D: Dot> Codec<D> for Sextets<D> {
+    const BYTES: bool = false;
+    #[inline(always)]
+    unsafe fn new(codec: &IntegerCodec) -> Self {
+        // SAFETY: the trait's contract.
+        Self(unsafe { D::table(&codec.table(D::CODE_OFFSET)) })
+    }
+    #[inline(always)]
+    unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let (a, b) = (words::<D>(block, 2 * half), words::<D>(block, 2 * half + 1));
+            let (upper, t) = (words::<D>(block, 4 + half), self.0);
+            [
+                a.sextets::<false, 0>(upper, t),
+                a.sextets::<true, 1>(upper, t),
+                b.sextets::<false, 2>(upper, t),
+                b.sextets::<true, 3>(upper, t),
+            ]
+        }
+    }
+}
+
+impl<D: Dot> Codec<D> for Bytes {
+    const BYTES: bool = true;
+    #[inline(always)]
+    unsafe fn new(_: &IntegerCodec) -> Self {
+        Self
+    }
+    #[inline(always)]
+    unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let mut quads = [D::splat(0); 4];
+            for (i, quad) in quads.iter_mut().enumerate() {
+                *quad = words::<D>(block, 4 * half + i).raised_bytes();
+            }
+            quads
+        }
+    }
+}
