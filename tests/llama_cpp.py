@@ -39,8 +39,14 @@ PAIRS = {
     "q8_0": ["mxint8:mxint8", "mxint8"],
     "bf16": ["bf16"],
 }
-PEER_HEAD, OUR_HEAD = "q8_0", "mxint8"
+PEER_HEAD = "q8_0"
+
 LLAMA_1B = dict(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, dim=64, vocab=128_256)
+
+
+def head(scheme):
+    """The scheme of the output head beside `scheme`: MXINT8, with 8-bit activations where the layers have them."""
+    return "mxint8:mxint8" if ":" in scheme else "mxint8"
 
 
 def run(*command, **options):
@@ -156,7 +162,7 @@ class Models:
     def ours(self, model, scheme):
         """Arguments of `mxserve bench` for `model` in `scheme`."""
         if model == "llama-1b":
-            formats = [] if scheme == "bf16" else ["--format", scheme, "--head-format", OUR_HEAD]
+            formats = [] if scheme == "bf16" else ["--format", scheme, "--head-format", head(scheme)]
             return ["--shape", model, *formats]
         return [self.folder(scheme)]
 
@@ -164,10 +170,10 @@ class Models:
         """The checkpoint of SmolLM2-135M in `scheme`."""
         if scheme == "bf16":
             return self.options.smollm2
-        folder = self.options.work / f"smollm2-135m-{scheme.replace(':', '-')}-head-{OUR_HEAD}"
+        folder = self.options.work / f"smollm2-135m-{scheme}-head-{head(scheme)}".replace(":", "-")
         if not folder.is_dir():
-            head = ["--layer", f"lm_head={OUR_HEAD}"]
-            run(self.options.mxconvert, self.options.smollm2, "-f", scheme, *head, "-o", folder)
+            layer = ["--layer", f"lm_head={head(scheme)}"]
+            run(self.options.mxconvert, self.options.smollm2, "-f", scheme, *layer, "-o", folder)
         return folder
 
 
@@ -294,8 +300,10 @@ def compare_http(options, models, programs):
                         "peer": lambda: peer.measure(options, streams, next(seeds["peer"])),
                         "ours": lambda: ours.measure(options, streams, next(seeds["ours"])),
                     })
-                pairs = [(medians["peer"][figure], medians["ours"][figure]) for figure in medians["peer"]]
-                cells = [f"{a:.1f} / {b:.1f} = {b / a:.2f}" for a, b in pairs]
+                cells = []
+                for figure, a in medians["peer"].items():
+                    b = medians["ours"][figure]
+                    cells.append(f"{a:.1f} / {b:.1f} = {(a / b if figure.endswith('ms') else b / a):.2f}")
                 print(f"| {kind} | {scheme} | {threads} | {streams} | {' | '.join(cells)} |", flush=True)
 
 
