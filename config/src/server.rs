@@ -43,6 +43,8 @@ pub struct ServerConfig {
     pub threads: usize,
     /// Share of a GPU's memory to use; `None`: the device's default.
     pub gpu_memory_utilization: Option<f64>,
+    /// Whether a GPU multiplies quantized activations in BF16 alone, which holds them exactly.
+    pub strict: bool,
     /// Sequences that run at once; `None`: the device's default.
     pub max_num_seqs: Option<usize>,
     /// Tokens computed in one step; `None`: the device's default.
@@ -78,6 +80,7 @@ impl Default for ServerConfig {
             device: DeviceChoice::default(),
             threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             gpu_memory_utilization: None,
+            strict: false,
             max_num_seqs: None,
             max_num_batched_tokens: None,
             max_num_queued_reqs: 1024,
@@ -119,6 +122,7 @@ impl ServerConfig {
             generation_config: said.generation_config.unwrap_or(d.generation_config),
             device: said.device.unwrap_or(d.device),
             threads: threads(said.threads)?.unwrap_or(d.threads),
+            strict: said.strict.unwrap_or(d.strict),
             gpu_memory_utilization: share("gpu_memory_utilization", said.gpu_memory_utilization)?,
             max_num_seqs: at_least_one("max_num_seqs", said.max_num_seqs)?,
             max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?,
@@ -150,6 +154,7 @@ impl ServerConfig {
             device: Some(self.device),
             threads: Some(self.threads),
             gpu_memory_utilization: self.gpu_memory_utilization,
+            strict: Some(self.strict),
             tensor_parallel_size: None,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,

@@ -105,6 +105,19 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_memory_utilization: Option<f64>,
 
+    /// Multiply quantized activations in BF16, which holds them exactly, also where FP8 would be faster (CUDA only; the
+    /// CPU is always exact)
+    #[arg(
+        long,
+        env = "MXSERVE_STRICT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Device"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strict: Option<bool>,
+
     /// GPUs that share the model; 1 is all there is [default: 1]
     #[arg(long, env = "MXSERVE_TENSOR_PARALLEL_SIZE", value_name = "N", help_heading = "Device")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +246,7 @@ impl Settings {
             device,
             threads,
             gpu_memory_utilization,
+            strict,
             tensor_parallel_size,
             max_num_seqs,
             max_num_batched_tokens,

@@ -43,7 +43,7 @@ const SAMPLES: usize = 9;
 const REPLAYS: usize = 20;
 
 fn main() {
-    let gpu = Device::Cuda { ordinal: 0 };
+    let gpu = Device::Cuda { ordinal: 0, strict: false };
     if let Err(error) = gpu.check() {
         println!("SKIPPED: {error}");
         return;

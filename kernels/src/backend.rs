@@ -406,6 +406,9 @@ pub enum Device {
     Cuda {
         /// Its number among the visible ones.
         ordinal: usize,
+        /// Whether quantized activations are multiplied in BF16 alone, which holds them exactly. Otherwise large
+        /// products may hold them in E4M3 with one power of two per token.
+        strict: bool,
     },
 }
 
@@ -418,9 +421,9 @@ impl Device {
         match self {
             Self::Cpu { .. } => Ok(()),
             #[cfg(feature = "cuda")]
-            Self::Cuda { ordinal } => crate::cuda::Context::check(ordinal),
+            Self::Cuda { ordinal, .. } => crate::cuda::Context::check(ordinal),
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda { ordinal } => Err(crate::Error::Unavailable {
+            Self::Cuda { ordinal, .. } => Err(crate::Error::Unavailable {
                 device: format!("cuda:{ordinal}"),
                 why: "this build has no CUDA (cargo feature `cuda`)".to_owned(),
             }),
@@ -437,7 +440,7 @@ pub fn open(device: Device) -> Result<Box<dyn Backend>> {
     match device {
         Device::Cpu { threads } => Ok(Box::new(crate::cpu::CpuBackend::new(threads))),
         #[cfg(feature = "cuda")]
-        Device::Cuda { ordinal } => Ok(Box::new(crate::cuda::CudaBackend::open(ordinal)?)),
+        Device::Cuda { ordinal, strict } => Ok(Box::new(crate::cuda::CudaBackend::open(ordinal, strict)?)),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => unreachable!("not available in this build"),
     }

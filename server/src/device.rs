@@ -14,10 +14,10 @@ pub(crate) fn choose(config: &ServerConfig) -> Device {
     let cpu = Device::Cpu { threads: config.threads };
     match config.device {
         DeviceChoice::Cpu => cpu,
-        DeviceChoice::Cuda { ordinal } => Device::Cuda { ordinal },
+        DeviceChoice::Cuda { ordinal } => Device::Cuda { ordinal, strict: config.strict },
         DeviceChoice::Auto if !cfg!(feature = "cuda") => cpu,
         DeviceChoice::Auto => {
-            let gpu = Device::Cuda { ordinal: 0 };
+            let gpu = Device::Cuda { ordinal: 0, strict: config.strict };
             match gpu.check() {
                 Ok(()) => gpu,
                 Err(error) => {
@@ -65,7 +65,7 @@ pub(crate) fn engine_options(config: &ServerConfig, device: Device) -> Result<En
 mod tests {
     use super::*;
 
-    const GPU: Device = Device::Cuda { ordinal: 0 };
+    const GPU: Device = Device::Cuda { ordinal: 0, strict: false };
 
     #[test]
     fn defaults_depend_on_the_device_and_what_was_said_wins() {

@@ -54,8 +54,8 @@ struct State {
 }
 
 impl CudaBackend {
-    /// Opens device `ordinal`.
-    pub(crate) fn open(ordinal: usize) -> Result<Self> {
+    /// Opens device `ordinal`; see [`Device::Cuda`](crate::Device::Cuda).
+    pub(crate) fn open(ordinal: usize, _strict: bool) -> Result<Self> {
         let context = Arc::new(Context::open(ordinal)?);
         let state = State {
             uploader: Uploader::new(&context)?,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::context::{Context, check, message};
+use crate::buffer::{Charge, Component, MemoryAccount};
 use crate::error::{Error, Result};
 
 /// An address on the device.
@@ -195,5 +196,38 @@ impl Drop for PinnedBuffer {
         // SAFETY: allocated in `new`, not freed before.
         let result = unsafe { sys::cuMemFreeHost(self.ptr.cast()) };
         debug_assert!(result == CUresult::CUDA_SUCCESS, "free pinned memory: {}", message(result));
+    }
+}
+
+/// Device memory that grows to what the largest call needed. What it was before stays: recorded graphs point to it.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    context: Arc<Context>,
+    account: Arc<MemoryAccount>,
+    what: &'static str,
+    buffers: Vec<(DeviceBuffer, Charge)>,
+}
+
+impl Scratch {
+    /// None yet; `what` it is for is said when memory is short.
+    pub(crate) fn new(context: &Arc<Context>, account: &Arc<MemoryAccount>, what: &'static str) -> Self {
+        Self { context: Arc::clone(context), account: Arc::clone(account), what, buffers: Vec::new() }
+    }
+
+    /// At least `bytes` bytes of unspecified content.
+    ///
+    /// # Panics
+    /// Out of memory. Before the KV cache takes the rest, the largest step has run.
+    pub(crate) fn reserve(&mut self, bytes: usize) -> DevicePtr {
+        if let Some((buffer, _)) = self.buffers.last().filter(|(buffer, _)| buffer.bytes() >= bytes) {
+            return buffer.ptr();
+        }
+        let buffer = match DeviceBuffer::uninitialized(&self.context, bytes, self.what) {
+            Ok(buffer) => buffer,
+            Err(error) => panic!("{error}"),
+        };
+        let ptr = buffer.ptr();
+        self.buffers.push((buffer, self.account.charge(Component::Workspace, bytes)));
+        ptr
     }
 }

@@ -9,7 +9,7 @@ use kernels::{Backend, Device};
 
 /// The GPU's backend; `None`, and a word about it, where there is no GPU.
 fn gpu() -> Option<Box<dyn Backend>> {
-    let gpu = Device::Cuda { ordinal: 0 };
+    let gpu = Device::Cuda { ordinal: 0, strict: false };
     match gpu.check() {
         Ok(()) => Some(kernels::open(gpu).unwrap_or_else(|error| panic!("{error}"))),
         Err(error) => {

@@ -1,5 +1,6 @@
-//! The engine with a real model on the CPU backend.
+//! The engine with a real model on the CPU backend, and on a GPU where there is one.
 
+mod gpu;
 mod lifecycle;
 mod results;
 
@@ -19,7 +20,11 @@ const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/rustdo
 
 /// Backend and model, as the server loads them.
 fn load() -> Result<Loaded, Box<dyn std::error::Error + Send + Sync>> {
-    let backend = kernels::open(Device::Cpu { threads: 2 })?;
+    load_on(Device::Cpu { threads: 2 })
+}
+
+fn load_on(device: Device) -> Result<Loaded, Box<dyn std::error::Error + Send + Sync>> {
+    let backend = kernels::open(device)?;
     let model = models::load(backend.as_ref(), &Checkpoint::open(Path::new(MODEL))?)?;
     Ok((backend, model))
 }

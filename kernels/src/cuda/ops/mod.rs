@@ -28,7 +28,7 @@ pub(crate) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
 /// # Panics
 /// It has another element type, fewer elements, or is of another device.
 #[track_caller]
-fn address(buffer: &Buffer, dtype: Dtype, len: usize) -> DevicePtr {
+pub(super) fn address(buffer: &Buffer, dtype: Dtype, len: usize) -> DevicePtr {
     assert!(buffer.len() >= len, "a buffer of {} elements where {len} are used", buffer.len());
     match &buffer.storage {
         Storage::Cuda { memory, dtype: actual, .. } if *actual == dtype => memory.ptr(),
