@@ -2,6 +2,8 @@
 // src/tile/format.rs; its reference decode in src/tile/decode.rs is this code in Rust).
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 namespace tile {
@@ -34,32 +36,33 @@ __host__ __device__ constexpr int unit_exponent(Format format) {
                                                               : 0;
 }
 
-/// `a * b` of BF16 pairs; keeps subnormals.
-__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
+__device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t bits) { return reinterpret_cast<__nv_bfloat162&>(bits); }
+
+__device__ __forceinline__ uint32_t as_bits(__nv_bfloat162 pair) { return reinterpret_cast<uint32_t&>(pair); }
+
+/// The BF16 pair `a` times the lower half of `b`; keeps subnormals.
+__device__ __forceinline__ uint32_t multiply_low(uint32_t a, uint32_t b) {
+    return as_bits(__hmul2_rn(as_pair(a), __low2bfloat162(as_pair(b))));
+}
+
+/// The BF16 pair `a` times the upper half of `b`; keeps subnormals.
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) {
+    return as_bits(__hmul2_rn(as_pair(a), __high2bfloat162(as_pair(b))));
 }
 
 /// `a + b` of BF16 pairs.
-__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
-    uint32_t sum;
-    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-    return sum;
-}
+__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) { return as_bits(__hadd2_rn(as_pair(a), as_pair(b))); }
 
 __device__ __forceinline__ uint32_t rotate_right(uint32_t x, int by) { return __funnelshift_r(x, x, by); }
 
 /// The 16-bit `mask` for both halves.
 __host__ __device__ constexpr uint32_t both(uint32_t mask) { return mask * 0x00010001u; }
 
-/// The BF16 multipliers of a lane's rows g and g + 8 in block `BLOCK` of a tile, each twice; `scales` is word g of the
-/// tile's scales.
+/// The BF16 multipliers of a lane's rows g (lower half) and g + 8 (upper half) in block `BLOCK` of a tile; `scales` is
+/// word g of the tile's scales.
 template <int BLOCK>
-__device__ __forceinline__ void multipliers(uint32_t scales, uint32_t (&row)[2]) {
-    // The byte to the top of both halves, above a zero byte; then the exponent field is one bit too high.
-    row[0] = __byte_perm(scales, 0, BLOCK == 0 ? 0x0404 : 0x1414) >> 1;
-    row[1] = __byte_perm(scales, 0, BLOCK == 0 ? 0x2424 : 0x3434) >> 1;
+__device__ __forceinline__ uint32_t multipliers(uint32_t scales) {
+    return BLOCK == 0 ? (scales & both(0x00FF)) << 7 : (scales >> 1) & both(0x7F80);
 }
 
 /// The codes of one step of 16 columns as BF16 pairs, not yet multiplied. `words` are the lane's words of the step;
@@ -141,10 +144,9 @@ struct Lane {
         const uint32_t upper = bits(FORMAT) == 6 ? words[bits(FORMAT) == 6 ? 4 + STEP / 2 : 0] : 0;
         move_bits<FORMAT, STEP % 2 == 1>(a, words + STEP * STEP_WORDS, upper);
         if constexpr (FORMAT != Format::Bf16) {
-            uint32_t row[2];
-            multipliers<STEP / 2>(scales, row);
-            a[0] = multiply(a[0], row[0]), a[1] = multiply(a[1], row[1]);
-            a[2] = multiply(a[2], row[0]), a[3] = multiply(a[3], row[1]);
+            const uint32_t rows = multipliers<STEP / 2>(scales);
+            a[0] = multiply_low(a[0], rows), a[1] = multiply_high(a[1], rows);
+            a[2] = multiply_low(a[2], rows), a[3] = multiply_high(a[3], rows);
         }
     }
 };

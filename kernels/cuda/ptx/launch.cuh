@@ -24,10 +24,35 @@ __device__ __forceinline__ void grow_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+/// Whether this is the one lane of the (converged) warp that is chosen; known to be a single one by the compiler.
+__device__ __forceinline__ bool elect_one() {
+    uint32_t chosen;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(chosen));
+    return chosen != 0;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+
+/// Says that this thread has arrived at the cluster's barrier; its writes before are visible to who waits there.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
+/// Waits until all threads of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+/// The address at which this thread reaches `shared` of CTA `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t shared, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+    return remote;
+}
+
+/// Writes to another CTA's shared memory: `remote` is from `remote_address`.
+__device__ __forceinline__ void store_remote(uint32_t remote, float value) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
 /// Barrier among all threads of the cluster.

@@ -134,6 +134,30 @@ impl Context {
             unsafe { sys::cuLaunchKernelEx(&raw const config, *raw, addresses.as_mut_ptr(), null_mut()) };
         check(result, name);
     }
+
+    /// Clusters of `launch`'s size and shared memory that the device runs at once; 0 if it cannot run one.
+    pub(crate) fn most_clusters(&self, function: &Function, launch: &Launch) -> usize {
+        let [x, y, z] = launch.cluster;
+        let mut attribute = attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
+        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: launch.block[2],
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream(),
+            attrs: &raw mut attribute,
+            numAttrs: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: reads the configuration and writes to a local variable.
+        let result =
+            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut clusters, function.raw, &raw const config) };
+        if result == sys::CUresult::CUDA_SUCCESS { clusters as usize } else { 0 }
+    }
 }
 
 /// An attribute whose value is zero.

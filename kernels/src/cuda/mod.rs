@@ -2,6 +2,7 @@
 
 mod backend;
 mod context;
+mod gemm;
 mod graph;
 mod launch;
 mod linear;
@@ -13,6 +14,6 @@ mod weight;
 pub(crate) use self::backend::CudaBackend;
 pub(crate) use self::context::{Context, Function};
 pub(crate) use self::graph::Graph;
-pub(crate) use self::launch::Launch;
+pub(crate) use self::launch::{Argument, Launch};
 pub(crate) use self::memory::{DeviceBuffer, DevicePtr};
 pub(crate) use self::weight::TiledWeight;

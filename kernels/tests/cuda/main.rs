@@ -3,6 +3,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test that is skipped says so, and errors are worth reading")]
 
+mod decode;
 mod executor;
 
 use kernels::{Backend, Device};

@@ -1,0 +1,170 @@
+//! Products of few rows with tiled weights: launcher of `cuda/gemm/decode.cuh`.
+
+use std::sync::Arc;
+
+use super::Product;
+use crate::buffer::Dtype;
+use crate::cuda::{Argument, Context, DevicePtr, Function, Launch, TiledWeight};
+use crate::tile::{RowOrder, TILE_COLS, TileFormat};
+
+/// Warps of a CTA, as in the kernel.
+const WARPS: u32 = 16;
+
+/// CTAs of a cluster: they share the work along K.
+const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
+
+/// Rows of x that a kernel computes at once: one kernel each.
+const M_TILES: [usize; 2] = [8, 16];
+
+/// Sums of 16 outputs with their padding, for one token, in bytes.
+const SUM_BYTES: usize = 20 * size_of::<f32>();
+
+macro_rules! kernels {
+    ($($format:literal),*) => {
+        [$([
+            concat!("decode_", $format, "_m8"),
+            concat!("decode_", $format, "_m16"),
+        ]),*]
+    };
+}
+
+/// Kernels, in the order of [`TileFormat::ALL`] and [`M_TILES`].
+const KERNELS: [[&str; M_TILES.len()]; TileFormat::ALL.len()] =
+    kernels!("e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8", "bf16");
+
+/// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
+const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
+    let few = rows <= M_TILES[0];
+    match format {
+        TileFormat::E2m1 if few => [4, 2],
+        TileFormat::E2m1 => [2, 3],
+        TileFormat::E2m3 | TileFormat::E3m2 if few => [4, 2],
+        TileFormat::E2m3 | TileFormat::E3m2 => [2, 2],
+        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if few => [2, 2],
+        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 => [1, 3],
+        TileFormat::Bf16 if few => [1, 3],
+        TileFormat::Bf16 => [1, 2],
+    }
+}
+
+/// The kernel's parameter (`Params` in `decode.cuh`).
+#[derive(Debug)]
+#[repr(C)]
+struct Params {
+    tiles: DevicePtr,
+    factors: DevicePtr,
+    bias: DevicePtr,
+    x: DevicePtr,
+    out: DevicePtr,
+    m: i32,
+    n: i32,
+    k: i32,
+    row_tiles: i32,
+    k_tiles: i32,
+    cluster: i32,
+    out_width: i32,
+    column: i32,
+    out_is_f32: i32,
+}
+
+// SAFETY: numbers and addresses in the order of the kernel's structure.
+unsafe impl Argument for Params {}
+
+/// The kernels for few rows.
+#[derive(Debug)]
+pub(crate) struct DecodeGemm {
+    context: Arc<Context>,
+    kernels: Vec<[Function; M_TILES.len()]>,
+    /// Clusters of each size of [`CLUSTERS`] that run at once; 0 where the device has no room for one.
+    clusters: [usize; CLUSTERS.len()],
+}
+
+impl DecodeGemm {
+    pub(crate) fn new(context: &Arc<Context>) -> Self {
+        let kernels: Vec<[Function; M_TILES.len()]> =
+            KERNELS.iter().map(|names| names.map(|name| context.function(name))).collect();
+        let shared = context.properties().max_shared_bytes;
+        let clusters = CLUSTERS.map(|cluster| {
+            let launch = Launch::new(cluster as u32, 32 * WARPS).shared(shared).cluster(cluster as u32);
+            context.most_clusters(&kernels[0][0], &launch)
+        });
+        Self { context: Arc::clone(context), kernels, clusters }
+    }
+
+    /// Computes `product`, streaming the weight as few times as shared memory allows. A row's result depends neither on
+    /// the other rows nor on their number.
+    ///
+    /// # Safety
+    /// The addresses have the elements that `product` says, 16-byte aligned at `x`.
+    ///
+    /// # Panics
+    /// K is so large that not even one row fits in shared memory.
+    pub(crate) unsafe fn linear(&self, weight: &TiledWeight, product: &Product) {
+        let layout = weight.layout();
+        assert!(layout.order == RowOrder::Stacked, "rows in order");
+        let [n, k] = layout.shape;
+        let [passes, cluster] = self.plan(layout.format, layout.k_tiles(), product.rows);
+        let int = |value: usize| i32::try_from(value).expect("dimensions fit 31 bits");
+        // Each cluster takes two rows of tiles per CTA at a time.
+        let clusters =
+            self.clusters[cluster.ilog2() as usize].min(layout.row_tiles().div_ceil(cluster)).max(1);
+        let mut first = 0;
+        for pass in 0..passes {
+            let rows = (product.rows - first).div_ceil(passes - pass);
+            let tile = M_TILES.iter().position(|&tile| rows <= tile).expect("a tile for every pass");
+            let shared = shared_bytes(layout.format, rows, layout.k_tiles(), cluster);
+            let launch = Launch::new((clusters * cluster) as u32, 32 * WARPS).cluster(cluster as u32);
+            let params = Params {
+                tiles: weight.tiles(),
+                factors: weight.factors(),
+                bias: weight.bias(),
+                x: product.x + (first * k * size_of::<u16>()) as u64,
+                out: product.out + (first * product.out_width * product.out_dtype.size_bytes()) as u64,
+                m: int(rows),
+                n: int(n),
+                k: int(k),
+                row_tiles: int(layout.row_tiles()),
+                k_tiles: int(layout.k_tiles()),
+                cluster: int(cluster),
+                out_width: int(product.out_width),
+                column: int(product.column),
+                out_is_f32: i32::from(product.out_dtype == Dtype::F32),
+            };
+            let kernel = &self.kernels[layout.format as usize][tile];
+            // SAFETY: the caller's promise; the weight's addresses have what its layout says.
+            unsafe { self.context.launch(kernel, &launch.shared(shared as u32), &[&params]) };
+            first += rows;
+        }
+    }
+
+    /// The number of launches, and of CTAs in a cluster, that take the least time for `rows` rows.
+    fn plan(&self, format: TileFormat, k_tiles: usize, rows: usize) -> [usize; 2] {
+        let limit = self.context.properties().max_shared_bytes as usize;
+        let most = M_TILES[M_TILES.len() - 1];
+        let fits = |rows, cluster| shared_bytes(format, rows, k_tiles, cluster) <= limit;
+        let plans = CLUSTERS
+            .into_iter()
+            .filter(|&cluster| self.clusters[cluster.ilog2() as usize] > 0)
+            .filter_map(|cluster| {
+                let rows_per_pass = (1..=most.min(rows)).rev().find(|&rows| fits(rows, cluster))?;
+                let passes = rows.div_ceil(rows_per_pass);
+                // Multiprocessors that no cluster reaches, and barriers among its CTAs.
+                let reached = (cluster * self.clusters[cluster.ilog2() as usize]) as f64;
+                let cost = passes as f64 / reached * (1.0 + 0.02 * f64::from(cluster.ilog2()));
+                Some((cost, [passes, cluster]))
+            });
+        let best = plans.min_by(|(a, _), (b, _)| a.total_cmp(b));
+        best.unwrap_or_else(|| panic!("no shared memory for a row of {k_tiles} x 64 elements")).1
+    }
+}
+
+/// Dynamic shared memory of a kernel: ring, barriers, two buffers of sums, x (`Shape` in `decode.cuh`).
+fn shared_bytes(format: TileFormat, rows: usize, k_tiles: usize, cluster: usize) -> usize {
+    let [stage_tiles, stages] = ring(format, rows);
+    let warps = WARPS as usize;
+    let ring = warps * stages * stage_tiles * format.tile_bytes();
+    let barriers = (warps * stages + 2) * 8;
+    let sums = 2 * warps * rows.next_multiple_of(2) * SUM_BYTES;
+    let x = rows * (k_tiles.div_ceil(cluster) * TILE_COLS * size_of::<u16>() + 16);
+    (ring + barriers).next_multiple_of(16) + sums + x
+}

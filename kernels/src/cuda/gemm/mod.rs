@@ -1,0 +1,25 @@
+//! Products with tiled weights: launchers of `cuda/gemm`.
+
+mod decode;
+
+pub(crate) use self::decode::DecodeGemm;
+
+use super::DevicePtr;
+use crate::buffer::Dtype;
+
+/// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product {
+    /// BF16 `[rows, K]`.
+    pub(crate) x: DevicePtr,
+    /// M.
+    pub(crate) rows: usize,
+    /// `[rows, out_width]`.
+    pub(crate) out: DevicePtr,
+    /// BF16 or F32.
+    pub(crate) out_dtype: Dtype,
+    /// Elements from one row of `out` to the next.
+    pub(crate) out_width: usize,
+    /// Column of the first result.
+    pub(crate) column: usize,
+}
