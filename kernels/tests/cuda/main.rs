@@ -3,8 +3,10 @@
 
 #![allow(clippy::print_stdout, reason = "a test that is skipped says so, and errors are worth reading")]
 
+mod common;
 mod decode;
 mod executor;
+mod ops;
 
 use kernels::{Backend, Device};
 

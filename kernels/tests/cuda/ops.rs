@@ -1,0 +1,5 @@
+//! Every operator but `linear`.
+
+mod attention;
+mod rows;
+mod sampling;
