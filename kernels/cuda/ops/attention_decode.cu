@@ -2,9 +2,11 @@
 //
 // A sequence's blocks of 16 tokens form up to `max_chunks` equal chunks. The four warps of a CTA take the blocks of a
 // chunk in turn, each with an online softmax of its own; the chunk's result merges them in order of warps, and the
-// row's result folds the chunks in order. So the arithmetic depends on the context's length alone: how many CTAs share
-// a row (gridDim.y) only decides who does the work. With one, it folds in registers; with several, chunks go through
-// memory and the CTA that arrives last folds them.
+// row's result folds the chunks in order. So the arithmetic depends on the context's length alone.
+//
+// Who does the work does not matter to it: all chunks of all sequences and tiles of heads, weighted by their blocks, are
+// dealt to the CTAs in equal runs, whatever the lengths. A row that one CTA has whole is folded in registers; the chunks of
+// a row that several share go through memory, and the CTA that arrives last folds them.
 //
 // Up to eight query heads of a KV head are the columns of the products: S^T[16 keys, heads] = K Q^T and
 // O^T[DIM, heads] += V^T P^T.
@@ -28,11 +30,56 @@ template <int DIM>
 constexpr int RESULT_STRIDE = DIM + 4;
 
 struct DecodeSplit {
-    /// [sequences * tiles, max_chunks, heads, RESULT_STRIDE]
+    /// [CTAs, max_chunks, heads, RESULT_STRIDE]: of the shared row whose first chunk the CTA has.
     float* results;
-    /// [sequences * tiles], zero between launches.
+    /// [CTAs]: chunks of that row that are done; zero between launches.
     uint32_t* arrivals;
-    int max_chunks;
+    int max_chunks, sequences;
+};
+
+/// What a sequence with one new row asks for; no chunks if it has another number of rows.
+struct DecodeSequence {
+    uint32_t row;
+    /// Positions `from .. context` are seen, in blocks `first .. end`.
+    int from, context, first, end;
+    /// Blocks that each warp takes of a chunk.
+    int rounds;
+    int chunks;
+
+    __device__ __forceinline__ DecodeSequence(const AttentionArguments& a, const DecodeSplit& split, int sequence) {
+        row = a.query_start[sequence];
+        const uint32_t next = a.query_start[sequence + 1];
+        context = a.context_lens[sequence];
+        from = a.window > 0 && context > a.window ? context - a.window : 0;
+        first = from / BLOCK_TOKENS, end = (context + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        const int most = DECODE_WARPS * split.max_chunks;
+        rounds = max(1, (end - first + most - 1) / most);
+        chunks = next - row != 1 ? 0 : max(1, (end - first + rounds * DECODE_WARPS - 1) / (rounds * DECODE_WARPS));
+    }
+
+    __device__ __forceinline__ int work(int tiles) const { return tiles * chunks * rounds; }
+};
+
+/// A place in the list of all chunks: sequences in order, their tiles of heads, the chunks of each.
+struct DecodeCursor {
+    int sequence;
+    /// Of the sequence: tile times chunks plus chunk.
+    int index;
+    /// Work before this chunk.
+    int offset;
+
+    /// Goes on by `count` chunks of this sequence, to the next one if that was all.
+    __device__ __forceinline__ void advance(const AttentionArguments& a, const DecodeSplit& split, int tiles,
+                                            DecodeSequence& s, int count, int end) {
+        index += count, offset += count * s.rounds;
+        if (index < tiles * s.chunks) return;
+        index = 0;
+        do {
+            ++sequence;
+            if (offset >= end || sequence >= split.sequences) return;
+            s = DecodeSequence(a, split, sequence);
+        } while (s.chunks == 0);
+    }
 };
 
 /// Appends a later result to an earlier one. Written out in single operations: both places that fold must round alike.
@@ -188,27 +235,43 @@ struct DecodeAttention {
             make_uint2(pack_bf16(o.x * inverse, o.y * inverse), pack_bf16(o.z * inverse, o.w * inverse));
     }
 
+    /// The first chunk at or behind work `begin`; the same in all threads. `share` receives the work of a CTA.
+    static __device__ __forceinline__ DecodeCursor find(const AttentionArguments& a, const DecodeSplit& split, int tiles,
+                                                        int& begin, int& end, int& share) {
+        const int lane = threadIdx.x % WARP;
+        int total = 0;
+        for (int base = 0; base < split.sequences; base += WARP) {
+            int work = base + lane < split.sequences ? DecodeSequence(a, split, base + lane).work(tiles) : 0;
+            total += __reduce_add_sync(0xFFFFFFFFu, work);
+        }
+        share = max(1, (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x));
+        begin = blockIdx.x * share;
+        end = min(begin + share, total);
+        int before = 0;
+        for (int base = 0; base < split.sequences && begin < end; base += WARP) {
+            const bool inside = base + lane < split.sequences;
+            const int work = inside ? DecodeSequence(a, split, base + lane).work(tiles) : 0;
+            int sum = work;
+#pragma unroll
+            for (int step = 1; step < WARP; step *= 2) {
+                const int lower = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+                if (lane >= step) sum += lower;
+            }
+            const unsigned holders = __ballot_sync(0xFFFFFFFFu, before + sum > begin);
+            if (holders != 0) {
+                const int holder = __ffs(holders) - 1;
+                return {base + holder, 0, before + __shfl_sync(0xFFFFFFFFu, sum - work, holder)};
+            }
+            before += __shfl_sync(0xFFFFFFFFu, sum, WARP - 1);
+        }
+        return {split.sequences, 0, total};
+    }
+
     static __device__ __forceinline__ void run(const AttentionArguments& a, const DecodeSplit& split) {
         extern __shared__ __align__(128) uint8_t shared[];
-        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, sequence = blockIdx.z;
-        // Step inputs and the cache of earlier positions were written at least two kernels ago: they are read, and
-        // their loads started, before this kernel's turn.
-        const uint32_t row = a.query_start[sequence];
-        if (a.query_start[sequence + 1] - row != 1) return;
-        const int context = a.context_lens[sequence];
-        const int from = a.window > 0 && context > a.window ? context - a.window : 0;
-        const int first = from / BLOCK_TOKENS, end = (context + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        const int rounds = max(1, (end - first + DECODE_WARPS * split.max_chunks - 1) / (DECODE_WARPS * split.max_chunks));
-        const int chunk_blocks = rounds * DECODE_WARPS;
-        const int chunks = max(1, (end - first + chunk_blocks - 1) / chunk_blocks);
-        const int parts = min(static_cast<int>(gridDim.y), chunks), part = blockIdx.y;
-        if (part >= parts) return;
-
-        const int group = a.q_heads / a.kv_heads, tiles = (group + HEAD_TILE - 1) / HEAD_TILE;
-        const int kv_head = blockIdx.x / tiles, head_tile = blockIdx.x % tiles;
-        const int heads = min(HEAD_TILE, group - head_tile * HEAD_TILE);
-        const int first_head = kv_head * group + head_tile * HEAD_TILE;
-        const uint32_t* table = a.block_tables + static_cast<size_t>(sequence) * a.max_blocks;
+        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        const int group = a.q_heads / a.kv_heads, kv_tiles = (group + HEAD_TILE - 1) / HEAD_TILE;
+        const int tiles = a.kv_heads * kv_tiles;
         uint8_t* stages = shared + warp * WARP_BYTES;
         float* results = reinterpret_cast<float*>(shared + DECODE_WARPS * WARP_BYTES);
         __shared__ uint64_t barriers[DECODE_WARPS][DECODE_STAGES];
@@ -218,109 +281,145 @@ struct DecodeAttention {
             ptx::barrier_init_fence();
         }
         __syncwarp();
+        // Step inputs and the cache of earlier positions were written at least two kernels ago: they are read, and
+        // their loads started, before this kernel's turn.
+        int begin, end, share;
+        DecodeCursor now = find(a, split, tiles, begin, end, share);
+        if (begin >= end) {
+            // Whoever waits for this kernel waits for the ones before it, too.
+            ptx::wait_for_dependencies();
+            return;
+        }
+        DecodeSequence s(a, split, now.sequence);
+        now.advance(a, split, tiles, s, (begin - now.offset + s.rounds - 1) / s.rounds, end);
 
-        int load_chunk = part, load_round = 0, load_stage = 0;
+        // The copies run ahead of the products, by blocks of this warp.
+        DecodeCursor ahead = now;
+        DecodeSequence ahead_s = s;
+        int load_round = 0, load_stage = 0;
         const auto load_next = [&] {
-            const int block = first + load_chunk * chunk_blocks + load_round * DECODE_WARPS + warp;
-            if (load_chunk < chunks && block < end) {
-                if (block == end - 1) ptx::wait_for_dependencies();
-                if (lane == 0)
-                    load(a, ptx::shared_address(stages) + load_stage * STAGE_BYTES, barrier + load_stage * 8, table[block],
-                         kv_head);
+            // Rounds in which this warp has no block take no stage.
+            while (ahead.offset < end) {
+                const int chunk = ahead.index % ahead_s.chunks, tile = ahead.index / ahead_s.chunks;
+                const int block = ahead_s.first + (chunk * ahead_s.rounds + load_round) * DECODE_WARPS + warp;
+                const bool is_last = block == ahead_s.end - 1, present = block < ahead_s.end;
+                if (present) {
+                    if (is_last) ptx::wait_for_dependencies();
+                    if (lane == 0) {
+                        const uint32_t* table = a.block_tables + static_cast<size_t>(ahead.sequence) * a.max_blocks;
+                        load(a, ptx::shared_address(stages) + load_stage * STAGE_BYTES, barrier + load_stage * 8,
+                             table[block], tile / kv_tiles);
+                    }
+                    load_stage = (load_stage + 1) % DECODE_STAGES;
+                }
+                if (++load_round == ahead_s.rounds) {
+                    load_round = 0;
+                    ahead.advance(a, split, tiles, ahead_s, 1, end);
+                }
+                if (present) return;
             }
-            load_stage = (load_stage + 1) % DECODE_STAGES;
-            if (++load_round == rounds) load_round = 0, load_chunk += parts;
         };
 #pragma unroll
         for (int stage = 0; stage < DECODE_STAGES; ++stage) load_next();
         ptx::wait_for_dependencies();
         ptx::launch_dependents();
 
-        uint32_t q[STEPS][2];
-        const size_t q_row = static_cast<size_t>(row) * (a.q_heads + 2 * a.kv_heads) + first_head + lane / 4;
-        const uint32_t* q_words = reinterpret_cast<const uint32_t*>(a.qkv + q_row * DIM) + lane % 4;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            q[step][0] = lane / 4 < heads ? q_words[step * 8] : 0;
-            q[step][1] = lane / 4 < heads ? q_words[step * 8 + 4] : 0;
-        }
-
-        float4 total_o[TASKS] = {};
-        Softmax total[TASKS];
-#pragma unroll
-        for (int task = 0; task < TASKS; ++task) total[task] = {-INFINITY, 0.0f};
-        float* part_results = nullptr;
-        if (parts > 1) {
-            const size_t index = static_cast<size_t>(sequence) * gridDim.x + blockIdx.x;
-            part_results = split.results + index * split.max_chunks * heads_stride(group);
-        }
         int stage = 0, phase = 0;
-        for (int chunk = part; chunk < chunks; chunk += parts) {
-            float o[STEPS][4] = {};
-            Softmax state[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
-            for (int round = 0; round < rounds; ++round) {
-                const int block = first + chunk * chunk_blocks + round * DECODE_WARPS + warp, start = block * BLOCK_TOKENS;
-                if (block < end) {
-                    uint8_t* tile = stages + stage * STAGE_BYTES;
+        while (now.offset < end) {
+            // This CTA's chunks of a row.
+            const int tile = now.index / s.chunks, first_chunk = now.index % s.chunks;
+            const int chunks = min(s.chunks - first_chunk, (end - now.offset + s.rounds - 1) / s.rounds);
+            const bool is_whole = chunks == s.chunks;
+            const int head_tile = tile % kv_tiles, heads = min(HEAD_TILE, group - head_tile * HEAD_TILE);
+            const int first_head = tile / kv_tiles * group + head_tile * HEAD_TILE;
+            const int owner = (now.offset - first_chunk * s.rounds) / share;
+            float* row_results = split.results + static_cast<size_t>(owner) * split.max_chunks * heads_stride(group);
+
+            uint32_t q[STEPS][2];
+            const size_t q_row = static_cast<size_t>(s.row) * (a.q_heads + 2 * a.kv_heads) + first_head + lane / 4;
+            const uint32_t* q_words = reinterpret_cast<const uint32_t*>(a.qkv + q_row * DIM) + lane % 4;
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                q[step][0] = lane / 4 < heads ? q_words[step * 8] : 0;
+                q[step][1] = lane / 4 < heads ? q_words[step * 8 + 4] : 0;
+            }
+            float4 total_o[TASKS] = {};
+            Softmax total[TASKS];
+#pragma unroll
+            for (int task = 0; task < TASKS; ++task) total[task] = {-INFINITY, 0.0f};
+            for (int chunk = first_chunk; chunk < first_chunk + chunks; ++chunk) {
+                float o[STEPS][4] = {};
+                Softmax state[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
+                for (int round = 0; round < s.rounds; ++round) {
+                    const int block = s.first + (chunk * s.rounds + round) * DECODE_WARPS + warp;
+                    const int start = block * BLOCK_TOKENS;
+                    if (block >= s.end) break;
+                    uint8_t* keys = stages + stage * STAGE_BYTES;
                     ptx::barrier_wait(barrier + stage * 8, phase);
-                    if (start < from || start + BLOCK_TOKENS > context) clear_values(tile, from - start, context - start);
-                    attend(o, state, ptx::shared_address(tile), q, start, from, context, a.scale_log2);
+                    if (start < s.from || start + BLOCK_TOKENS > s.context)
+                        clear_values(keys, s.from - start, s.context - start);
+                    attend(o, state, ptx::shared_address(keys), q, start, s.from, s.context, a.scale_log2);
                     __syncwarp();
+                    load_next();
+                    stage = (stage + 1) % DECODE_STAGES;
+                    phase ^= stage == 0;
                 }
-                load_next();
-                stage = (stage + 1) % DECODE_STAGES;
-                phase ^= stage == 0;
+                publish(results + warp * heads * RESULT_STRIDE<DIM>, o, state, heads);
+                __syncthreads();
+                for_tasks(heads, [&](int task, int head, int at) {
+                    Softmax merged;
+                    const float4 chunk_o = merge(results, heads, head, at, merged);
+                    if (is_whole) {
+                        fold(total_o[task], total[task], chunk_o, merged);
+                    } else {
+                        float* to = row_results + chunk * heads_stride(group) + head * RESULT_STRIDE<DIM>;
+                        *reinterpret_cast<float4*>(to + at) = chunk_o;
+                        if (at == 0) to[DIM] = merged.max, to[DIM + 1] = merged.sum;
+                    }
+                });
+                __syncthreads();
             }
-            publish(results + warp * heads * RESULT_STRIDE<DIM>, o, state, heads);
-            __syncthreads();
-#pragma unroll
-            for (int task = 0; task < TASKS; ++task) {
-                const int index = task * THREADS + threadIdx.x, head = index / (DIM / 4), at = index % (DIM / 4) * 4;
-                if (head >= heads) continue;
-                Softmax merged;
-                const float4 chunk_o = merge(results, heads, head, at, merged);
-                if (parts == 1) {
-                    fold(total_o[task], total[task], chunk_o, merged);
-                } else {
-                    float* to = part_results + chunk * heads_stride(group) + head * RESULT_STRIDE<DIM>;
-                    *reinterpret_cast<float4*>(to + at) = chunk_o;
-                    if (at == 0) to[DIM] = merged.max, to[DIM + 1] = merged.sum;
-                }
-            }
-            __syncthreads();
-        }
-        if (parts > 1) {
-            if (!arrive_last(split.arrivals + static_cast<size_t>(sequence) * gridDim.x + blockIdx.x, parts)) return;
-#pragma unroll
-            for (int task = 0; task < TASKS; ++task) {
-                const int index = task * THREADS + threadIdx.x, head = index / (DIM / 4), at = index % (DIM / 4) * 4;
-                if (head >= heads) continue;
-                const float* result = part_results + head * RESULT_STRIDE<DIM>;
+            if (is_whole || arrive_last(split.arrivals + owner, chunks, s.chunks)) {
+                for_tasks(heads, [&](int task, int head, int at) {
+                    const float* result = row_results + head * RESULT_STRIDE<DIM>;
+                    const int shared_chunks = is_whole ? 0 : s.chunks;
 #pragma unroll 8
-                for (int chunk = 0; chunk < chunks; ++chunk, result += heads_stride(group)) {
-                    const float4 chunk_o = __ldcg(reinterpret_cast<const float4*>(result + at));
-                    const float2 softmax = __ldcg(reinterpret_cast<const float2*>(result + DIM));
-                    fold(total_o[task], total[task], chunk_o, {softmax.x, softmax.y});
-                }
+                    for (int chunk = 0; chunk < shared_chunks; ++chunk, result += heads_stride(group)) {
+                        const float4 chunk_o = __ldcg(reinterpret_cast<const float4*>(result + at));
+                        const float2 softmax = __ldcg(reinterpret_cast<const float2*>(result + DIM));
+                        fold(total_o[task], total[task], chunk_o, {softmax.x, softmax.y});
+                    }
+                    __nv_bfloat16* out = a.out + (static_cast<size_t>(s.row) * a.q_heads + first_head + head) * DIM;
+                    finish(out + at, total_o[task], total[task]);
+                });
             }
+            now.advance(a, split, tiles, s, chunks, end);
         }
+    }
+
+    /// Calls `body(task, head, element)` for each piece of four output elements that is this thread's.
+    template <typename Body>
+    static __device__ __forceinline__ void for_tasks(int heads, Body body) {
 #pragma unroll
         for (int task = 0; task < TASKS; ++task) {
-            const int index = task * THREADS + threadIdx.x, head = index / (DIM / 4), at = index % (DIM / 4) * 4;
-            if (head >= heads) continue;
-            finish(a.out + (static_cast<size_t>(row) * a.q_heads + first_head + head) * DIM + at, total_o[task], total[task]);
+            const int index = task * THREADS + threadIdx.x, head = index / (DIM / 4);
+            if (head < heads) body(task, head, index % (DIM / 4) * 4);
         }
     }
 
     /// Floats of one chunk's results.
     static __device__ __forceinline__ int heads_stride(int group) { return min(group, HEAD_TILE) * RESULT_STRIDE<DIM>; }
 
-    /// Whether this CTA is the last of `parts` whose results are written. Leaves the counter at zero.
-    static __device__ __forceinline__ bool arrive_last(uint32_t* counter, int parts) {
+    /// Whether all `chunks` of a shared row are done, now that this CTA has written `done` of them. Leaves the counter at
+    /// zero.
+    static __device__ __forceinline__ bool arrive_last(uint32_t* counter, int done, int chunks) {
         __shared__ bool is_last;
         __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) is_last = atomicInc(counter, parts - 1) == parts - 1;
+        if (threadIdx.x == 0) {
+            is_last = atomicAdd(counter, done) + done == chunks;
+            if (is_last) *counter = 0;
+        }
         __syncthreads();
         __threadfence();
         return is_last;
@@ -329,10 +428,10 @@ struct DecodeAttention {
 
 }  // namespace ops
 
-/// Rows of sequences that have exactly one. Grid: (kv_heads * ceil(q_heads / kv_heads / 8), CTAs per row and head,
-/// sequences). Block: 128. Shared: see DECODE_* above.
+/// Rows of sequences that have exactly one. Grid: any number of CTAs, best as many as run at a time. Block: 128. Shared:
+/// see DECODE_* above.
 #define OPS_ATTENTION_DECODE(DIM)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) ops_attention_decode_##DIM(                                       \
+    extern "C" __global__ void __launch_bounds__(128, 2) ops_attention_decode_##DIM(                                    \
         const __grid_constant__ ops::AttentionArguments a, const __grid_constant__ ops::DecodeSplit split) {            \
         ops::DecodeAttention<DIM>::run(a, split);                                                                       \
     }

@@ -149,6 +149,9 @@ struct PrefillAttention {
     static __device__ __forceinline__ void run(const AttentionArguments& a, int sequences) {
         extern __shared__ __align__(128) uint8_t shared[];
         const QueryTile tile = find_tile<ROWS>(a.query_start, a.context_lens, sequences, blockIdx.y);
+        // Before any return: whoever waits for this kernel waits for the ones before it, too.
+        ptx::wait_for_dependencies();
+        ptx::launch_dependents();
         if (tile.rows == 0) return;
         const int head = blockIdx.x, kv_head = head / (a.q_heads / a.kv_heads), lane = threadIdx.x % WARP;
         const uint32_t* table = a.block_tables + static_cast<size_t>(tile.sequence) * a.max_blocks;
@@ -157,8 +160,6 @@ struct PrefillAttention {
         const int context = tile.position + tile.rows;
         const int from = a.window > 0 ? max(0, tile.position + 1 - a.window) : 0;
         const int first = from / KEYS, last = (context - 1) / KEYS;
-        ptx::wait_for_dependencies();
-        ptx::launch_dependents();
 
         const auto load = [&](const uint8_t* cache, uint32_t to, int index) {
             if (index <= last)

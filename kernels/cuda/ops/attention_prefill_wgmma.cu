@@ -256,6 +256,9 @@ struct WgmmaAttention {
         Shared& shared = *reinterpret_cast<Shared*>(bytes);
         Work w;
         w.tile = find_tile<ROWS>(a.query_start, a.context_lens, sequences, blockIdx.y);
+        // Before any return: whoever waits for this kernel waits for the ones before it, too.
+        ptx::wait_for_dependencies();
+        ptx::launch_dependents();
         if (w.tile.rows == 0) return;
         w.head = blockIdx.x;
         w.kv_head = w.head / (a.q_heads / a.kv_heads);
@@ -274,8 +277,6 @@ struct WgmmaAttention {
             ptx::barrier_init_fence();
         }
         __syncthreads();
-        ptx::wait_for_dependencies();
-        ptx::launch_dependents();
         const int group = threadIdx.x / (GROUP_WARPS * WARP);
         if (group == GROUPS) {
             ptx::shrink_registers<40>();

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
 use std::sync::Arc;
 
-use super::{HEAD_DIMS, address, head_dim_index, int};
+use super::{HEAD_DIMS, WARP, address, head_dim_index, int};
 use crate::backend::{AttentionInputs, Heads, KV_BLOCK_TOKENS, PagedKv};
 use crate::buffer::{Buffer, Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::launch::Argument;
@@ -17,15 +17,16 @@ const DECODE_STAGES: usize = 2;
 const HEAD_TILE: usize = 8;
 const RESULT_PADDING: usize = 4;
 
-/// Blocks of the decode kernel that together fill the device when a row's work is cut finest.
-const FULL_BLOCKS: usize = 128;
-/// Most chunks that a row's keys are cut into.
+/// Chunks that a row's keys are cut into, for all tiles of its heads together: enough that one row fills the device.
+const ROW_CHUNKS: usize = 128;
+/// Most chunks of one tile of heads.
 const MAX_CHUNKS: usize = 64;
+
 /// Shared memory of a multiprocessor, what the driver takes of it for each block, and the most blocks of the decode
 /// kernel that registers allow.
 const SM_SHARED_BYTES: usize = 228 * 1024;
 const RESERVED_BYTES: usize = 1024;
-const MAX_BLOCKS_PER_SM: usize = 4;
+const MAX_BLOCKS_PER_SM: usize = 3;
 
 /// Paged attention.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ struct Prefill {
     shared_per_element: usize,
 }
 
-/// Where blocks that share a row's keys leave their results.
+/// Where blocks that share a row's keys leave their results: a piece and a counter for each block.
 #[derive(Debug)]
 struct Scratch {
     results: DeviceBuffer,
@@ -83,53 +84,37 @@ struct DecodeSplit {
     results: DevicePtr,
     arrivals: DevicePtr,
     max_chunks: i32,
-    padding: u32,
+    sequences: i32,
 }
 
-// SAFETY: two addresses, an integer and what C pads it with.
+// SAFETY: two addresses and two integers.
 unsafe impl Argument for DecodeSplit {}
 
 /// How the decode kernel cuts the work for some head geometry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cut {
-    /// Query heads of one KV head that a block handles at most.
-    heads: usize,
-    /// Blocks that a row needs: KV heads times tiles of query heads.
+    /// Tiles of query heads: for each KV head, as many as it takes.
     tiles: usize,
-    /// Chunks of a row's keys. Like everything that the order of sums depends on, a function of the heads alone.
+    /// Most chunks of a row's keys. Like everything that the order of sums depends on, a function of the heads alone.
     max_chunks: usize,
     /// Dynamic shared memory of a block, in bytes.
     shared_bytes: usize,
     /// Blocks that run at a time.
-    slots: usize,
+    blocks: usize,
+    /// Floats that a block may leave for others.
+    result_floats: usize,
 }
 
 impl Cut {
     fn new(heads: Heads, sm_count: usize) -> Self {
         let group = heads.q / heads.kv;
         let tiles = heads.kv * group.div_ceil(HEAD_TILE);
-        let tile_heads = group.min(HEAD_TILE);
+        let results = group.min(HEAD_TILE) * (heads.dim + RESULT_PADDING);
         let stages = DECODE_WARPS * DECODE_STAGES * 2 * KV_BLOCK_TOKENS * heads.dim * 2;
-        let shared_bytes = stages + DECODE_WARPS * tile_heads * (heads.dim + RESULT_PADDING) * 4;
+        let shared_bytes = stages + DECODE_WARPS * results * 4;
         let per_sm = (SM_SHARED_BYTES / (shared_bytes + RESERVED_BYTES)).clamp(1, MAX_BLOCKS_PER_SM);
-        let max_chunks = (FULL_BLOCKS / tiles).clamp(1, MAX_CHUNKS);
-        Self { heads: tile_heads, tiles, max_chunks, shared_bytes, slots: sm_count * per_sm }
-    }
-
-    /// Blocks that share each row: as many as run at a time, each with as many chunks as the others.
-    fn parts(&self, sequences: usize) -> usize {
-        let most = (self.slots / (sequences * self.tiles)).clamp(1, self.max_chunks);
-        self.max_chunks.div_ceil(self.max_chunks.div_ceil(most))
-    }
-
-    /// The largest number of rows that [`parts`](Self::parts) shares among several blocks.
-    fn most_shared_rows(&self) -> usize {
-        if self.max_chunks > 1 { self.slots / 2 / self.tiles } else { 0 }
-    }
-
-    /// Floats of one row's results.
-    fn result_floats(&self, dim: usize) -> usize {
-        self.tiles * self.max_chunks * self.heads * (dim + RESULT_PADDING)
+        let max_chunks = (ROW_CHUNKS / tiles).clamp(1, MAX_CHUNKS);
+        Self { tiles, max_chunks, shared_bytes, blocks: sm_count * per_sm, result_floats: max_chunks * results }
     }
 }
 
@@ -174,28 +159,23 @@ impl AttentionOperator {
 }
 
 impl AttentionOperator {
-    /// Makes room for what steps of up to any number of sequences with these heads leave in memory. To be called before
-    /// [`attend`](Self::attend), not between launches.
+    /// Makes room for what blocks leave for each other. To be called for every geometry that [`attend`](Self::attend) is
+    /// called with, not between launches.
     ///
     /// # Errors
     /// Out of memory.
     pub(crate) fn reserve(&self, heads: Heads) -> Result<()> {
         let cut = self.cut(heads);
-        let rows = cut.most_shared_rows();
-        let (results, arrivals) = (rows * cut.result_floats(heads.dim) * 4, rows * cut.tiles * 4);
         let mut scratch = self.scratch.borrow_mut();
-        let enough = |s: &Scratch| s.results.bytes() >= results && s.arrivals.bytes() >= arrivals;
-        if results == 0 || scratch.as_ref().is_some_and(enough) {
-            return Ok(());
+        let had = scratch.as_ref().map_or((0, 0), |s| (s.results.bytes(), s.arrivals.bytes()));
+        let bytes = (had.0.max(cut.blocks * cut.result_floats * 4), had.1.max(cut.blocks * 4));
+        if bytes != had {
+            *scratch = Some(Scratch {
+                results: DeviceBuffer::uninitialized(&self.context, bytes.0, "attention")?,
+                arrivals: DeviceBuffer::zeroed(&self.context, bytes.1, "attention")?,
+                _charge: self.memory.charge(Component::Workspace, bytes.0 + bytes.1),
+            });
         }
-        let (had_results, had_arrivals) =
-            scratch.as_ref().map_or((0, 0), |s| (s.results.bytes(), s.arrivals.bytes()));
-        let (results, arrivals) = (results.max(had_results), arrivals.max(had_arrivals));
-        *scratch = Some(Scratch {
-            results: DeviceBuffer::uninitialized(&self.context, results, "attention")?,
-            arrivals: DeviceBuffer::zeroed(&self.context, arrivals, "attention")?,
-            _charge: self.memory.charge(Component::Workspace, results + arrivals),
-        });
         Ok(())
     }
 
@@ -251,25 +231,20 @@ impl AttentionOperator {
             unsafe { self.context.launch(kernel, &launch, &[&arguments, &int(sequences)]) };
         }
         let cut = self.cut(heads);
-        let mut parts = cut.parts(sequences);
+        let blocks = cut.blocks.min(sequences * cut.tiles * cut.max_chunks);
         let scratch = self.scratch.borrow();
-        let (results, arrivals) = match &*scratch {
-            Some(s)
-                if s.results.bytes() >= sequences * cut.result_floats(dim) * 4
-                    && s.arrivals.bytes() >= sequences * cut.tiles * 4 =>
-            {
-                (s.results.ptr(), s.arrivals.ptr())
-            }
-            _ => {
-                parts = 1;
-                (0, 0)
-            }
+        let scratch = scratch.as_ref().filter(|s| {
+            s.results.bytes() >= blocks * cut.result_floats * 4 && s.arrivals.bytes() >= blocks * 4
+        });
+        let scratch = scratch.expect("room was reserved for these heads when the cache was allocated");
+        let split = DecodeSplit {
+            results: scratch.results.ptr(),
+            arrivals: scratch.arrivals.ptr(),
+            max_chunks: int(cut.max_chunks),
+            sequences: int(sequences),
         };
-        let split = DecodeSplit { results, arrivals, max_chunks: int(cut.max_chunks), padding: 0 };
-        let launch = Launch::new(1, (DECODE_WARPS * super::WARP) as u32)
-            .grid([cut.tiles as u32, parts as u32, sequences as u32])
-            .shared(cut.shared_bytes as u32);
-        // SAFETY: as above; the scratch has room for the results of all sequences, or is not used.
+        let launch = Launch::new(blocks as u32, (DECODE_WARPS * WARP) as u32).shared(cut.shared_bytes as u32);
+        // SAFETY: as above; the scratch has a piece and a counter for each block.
         unsafe { self.context.launch(&self.decode[index], &launch, &[&arguments, &split]) };
     }
 }
@@ -279,19 +254,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_is_cut_by_heads_and_shared_by_batch() {
-        let heads = Heads { q: 32, kv: 8, dim: 128 };
-        let cut = Cut::new(heads, 132);
-        assert_eq!((cut.heads, cut.tiles, cut.max_chunks, cut.slots), (4, 8, 16, 396));
-        assert_eq!(cut.parts(1), 16, "one row is shared by all");
-        assert_eq!(cut.parts(512), 1, "many rows have a block each");
+    fn work_is_cut_by_heads() {
+        let cut = Cut::new(Heads { q: 32, kv: 8, dim: 128 }, 132);
+        assert_eq!((cut.tiles, cut.max_chunks, cut.blocks), (8, 16, 396), "128 blocks for one row");
+        assert_eq!(cut.shared_bytes, 65_536 + 4 * 4 * 132 * 4);
         // 20 query heads for each KV head are three tiles.
-        assert_eq!(Cut::new(Heads { q: 40, kv: 2, dim: 64 }, 132).tiles, 6);
-        assert_eq!(cut.parts(8), 6, "384 of 396 slots");
-        for sequences in 1..600 {
-            let parts = cut.parts(sequences);
-            assert!((1..=cut.max_chunks).contains(&parts));
-            assert_eq!(parts > 1, sequences <= cut.most_shared_rows());
-        }
+        let cut = Cut::new(Heads { q: 40, kv: 2, dim: 64 }, 132);
+        assert_eq!((cut.tiles, cut.max_chunks), (6, 21));
+        assert_eq!(Cut::new(Heads { q: 256, kv: 256, dim: 16 }, 132).max_chunks, 1);
     }
 }
