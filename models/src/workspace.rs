@@ -8,7 +8,7 @@ use crate::ModelConfig;
 #[derive(Debug)]
 pub struct Workspace {
     max_logit_rows: usize,
-    /// `[max_tokens, hidden]`: the residual stream.
+    /// F32 `[max_tokens, hidden]`: the residual stream. What every layer adds to it is not rounded to the activations' type.
     pub(crate) residual: Buffer,
     /// `[max_tokens, hidden]`: the normed input of the next block; at the end of a step, the final hidden states.
     pub(crate) normed: Buffer,
@@ -48,7 +48,7 @@ impl Workspace {
         let activations = |width| alloc(backend.activation_dtype(), max_tokens, width);
         Ok(Self {
             max_logit_rows,
-            residual: activations(config.hidden_size)?,
+            residual: alloc(Dtype::F32, max_tokens, config.hidden_size)?,
             normed: activations(config.hidden_size)?,
             delta: activations(config.hidden_size)?,
             qkv: activations(config.heads.qkv_width())?,

@@ -31,6 +31,13 @@ struct AttentionArguments {
     int q_heads, kv_heads, max_blocks;
 };
 
+/// 2^x to about two units in the last place; 0 for -inf and what underflows, NaN for NaN.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /// What is subtracted from scores: the maximum, unless all scores so far are -inf.
 __device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 

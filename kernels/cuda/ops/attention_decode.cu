@@ -24,6 +24,8 @@ constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_STAGES = 2;
 /// Query heads of a CTA.
 constexpr int HEAD_TILE = 8;
+/// Blocks of a chunk for each warp, at least: merging costs as much as one.
+constexpr int MIN_ROUNDS = 2;
 
 /// Floats between heads in results of chunks: DIM values, maximum, sum, padding that spreads heads over banks.
 template <int DIM>
@@ -53,7 +55,7 @@ struct DecodeSequence {
         from = a.window > 0 && context > a.window ? context - a.window : 0;
         first = from / BLOCK_TOKENS, end = (context + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         const int most = DECODE_WARPS * split.max_chunks;
-        rounds = max(1, (end - first + most - 1) / most);
+        rounds = max(MIN_ROUNDS, (end - first + most - 1) / most);
         chunks = next - row != 1 ? 0 : max(1, (end - first + rounds * DECODE_WARPS - 1) / (rounds * DECODE_WARPS));
     }
 
@@ -88,8 +90,8 @@ struct Fold {
 
     __device__ __forceinline__ Fold(Softmax& total, Softmax next) {
         const float max = fmaxf(total.max, next.max), reference = finite_max(max);
-        keep = exp2f(total.max - reference);
-        take = exp2f(next.max - reference);
+        keep = exp2_approx(total.max - reference);
+        take = exp2_approx(next.max - reference);
         total.max = max;
         total.sum = apply(total.sum, next.sum);
     }
@@ -164,9 +166,9 @@ struct DecodeAttention {
             for (int step = 4; step < WARP; step *= 2) max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, step));
             max = fmaxf(max, state[h].max);
             const float reference = finite_max(max);
-            keep[h] = exp2f(state[h].max - reference);
-            s[h] = exp2f(s[h] - reference);
-            s[h + 2] = exp2f(s[h + 2] - reference);
+            keep[h] = exp2_approx(state[h].max - reference);
+            s[h] = exp2_approx(s[h] - reference);
+            s[h + 2] = exp2_approx(s[h + 2] - reference);
             state[h].max = max;
             state[h].sum = fmaf(state[h].sum, keep[h], s[h] + s[h + 2]);
         }
@@ -214,7 +216,7 @@ struct DecodeAttention {
         float4 o = {};
 #pragma unroll
         for (int warp = 0; warp < DECODE_WARPS; ++warp) {
-            const float weight = exp2f(row[warp * stride + DIM] - reference);
+            const float weight = exp2_approx(row[warp * stride + DIM] - reference);
             const float4 part = *reinterpret_cast<const float4*>(row + warp * stride + at);
             merged.sum = __fmaf_rn(row[warp * stride + DIM + 1], weight, merged.sum);
             o.x = __fmaf_rn(part.x, weight, o.x), o.y = __fmaf_rn(part.y, weight, o.y);

@@ -91,14 +91,14 @@ struct PrefillAttention {
             max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, 1));
             max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, 2));
             max = fmaxf(state[r].max, max * scale_log2);
-            const float reference = finite_max(max), keep = exp2f(state[r].max - reference);
+            const float reference = finite_max(max), keep = exp2_approx(state[r].max - reference);
             state[r].max = max;
             float sum = 0.0f;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                    s[n][i] = exp2f(fmaf(s[n][i], scale_log2, -reference));
+                    s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -reference));
                     sum += s[n][i];
                 }
             }

@@ -154,14 +154,14 @@ struct WgmmaAttention {
             max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, 2));
             max = fmaxf(state[r].max, max * scale_log2);
             const float reference = finite_max(max);
-            keep[r] = exp2f(state[r].max - reference);
+            keep[r] = exp2_approx(state[r].max - reference);
             state[r].max = max;
             float even = 0.0f, odd = 0.0f;
 #pragma unroll
             for (int j = 0; j < KEYS / 8; ++j) {
                 float &a = s[4 * j + 2 * r], &b = s[4 * j + 2 * r + 1];
-                a = exp2f(fmaf(a, scale_log2, -reference));
-                b = exp2f(fmaf(b, scale_log2, -reference));
+                a = exp2_approx(fmaf(a, scale_log2, -reference));
+                b = exp2_approx(fmaf(b, scale_log2, -reference));
                 even += a, odd += b;
             }
             state[r].sum = fmaf(state[r].sum, keep[r], even + odd);

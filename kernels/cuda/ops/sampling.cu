@@ -39,11 +39,18 @@ struct Mass {
 /// Thresholds tried in one pass over the weights.
 constexpr int PROBES = 3;
 
+/// Tokens of a warp that are still between two thresholds, as soon as they are few.
+constexpr int MAX_LISTED = 256;
+/// Passes before looking for few: by then the thresholds are about as near as neighbouring exponents.
+constexpr int UNLISTED_PASSES = 3;
+
 struct Sampler {
     RowCluster<PROBES>& cluster;
     TokenRange range;
     /// Weights of this CTA's tokens; 0 for what is dropped.
     float* weights;
+    /// [MAX_LISTED] of this warp.
+    uint16_t* list;
 
     template <typename Body>
     __device__ __forceinline__ void for_each(Body body) {
@@ -84,6 +91,26 @@ struct Sampler {
         return static_cast<int>(cluster.reduce<Max>(found)) - 1;
     }
 
+    /// Lists the warp's tokens whose weights' bits are in `low .. high`, out of all or of the `listed` ones if that is
+    /// not -1; returns their number, or -1 if there are too many.
+    __device__ __forceinline__ int collect(uint32_t low, uint32_t high, int listed) {
+        const int lane = threadIdx.x % WARP, count = listed < 0 ? range.end - range.begin : listed;
+        int kept = 0;
+        for (int base = 0; base < count; base += WARP) {
+            const bool inside = base + lane < count;
+            const int i = !inside ? 0 : listed < 0 ? range.begin + base + lane : list[base + lane];
+            const uint32_t bits = inside ? __float_as_uint(weights[i]) : 0;
+            const bool keep = inside && bits >= low && bits < high;
+            const unsigned keepers = __ballot_sync(0xFFFFFFFFu, keep);
+            if (kept + __popc(keepers) > MAX_LISTED) return -1;
+            // Behind what was read of the list, if it is rewritten.
+            if (keep) list[kept + __popc(keepers & ((1u << lane) - 1))] = static_cast<uint16_t>(i);
+            kept += __popc(keepers);
+        }
+        __syncwarp();
+        return kept;
+    }
+
     /// Keeps the shortest run of tokens, most likely first, whose total of `Measure` reaches `target` (at least 1); drops
     /// nothing if all together do not.
     template <typename Measure>
@@ -91,37 +118,51 @@ struct Sampler {
         // The largest threshold whose tokens reach the target, as bits of a positive float: bits order as values do.
         uint32_t low = 1, high = __float_as_uint(1.0f) + 1;
         uint64_t above = 0, reached = 0;
-        while (high - low > 1) {
+        int listed = -1;
+        for (int pass = 0; high - low > 1; ++pass) {
             const uint32_t step = max(1u, (high - low) / (PROBES + 1));
             uint64_t totals[PROBES] = {};
-            for_each([&](int i) {
+            const auto add = [&](int i) {
                 const uint32_t bits = __float_as_uint(weights[i]);
                 const uint64_t value = Measure::of(weights[i]);
 #pragma unroll
-                for (int p = 0; p < PROBES; ++p) totals[p] += bits >= low + (p + 1) * step ? value : 0;
-            });
+                for (int p = 0; p < PROBES; ++p) totals[p] += bits >= low + (p + 1) * step && bits < high ? value : 0;
+            };
+            if (listed < 0) {
+                for_each(add);
+            } else {
+                for (int i = threadIdx.x % WARP; i < listed; i += WARP) add(list[i]);
+            }
             cluster.reduce<Sum>(totals);
             const uint32_t base = low;
+            const uint64_t over = above;
+            const uint32_t limit = high;
 #pragma unroll
             for (int p = 0; p < PROBES; ++p) {
                 const uint32_t probe = base + (p + 1) * step;
-                if (probe >= high) continue;
-                if (totals[p] >= target) {
-                    low = probe, reached = totals[p];
+                if (probe >= limit) continue;
+                if (over + totals[p] >= target) {
+                    low = probe, reached = over + totals[p];
                 } else {
-                    high = probe, above = totals[p];
+                    high = probe, above = over + totals[p];
                     break;
                 }
             }
+            if (reached == target) break;  // every token from `low` on is needed
+            if (pass >= UNLISTED_PASSES) listed = collect(low, high, listed);
         }
-        if (low == 1 && reached == 0) return;  // no threshold above the smallest float was enough
+        if (reached == 0) return;  // no threshold above the smallest float was enough
         const float threshold = __uint_as_float(low);
-        const uint64_t each = Measure::of(threshold);
-        // Of the tokens at the threshold, as many as it takes.
-        const uint64_t ties = each == 0 ? 1 : (target - above + each - 1) / each;
         int last = INT32_MAX;
-        if (each != 0 && above + ties * each < reached)
-            last = locate(ties - 1, [&](float w) -> uint64_t { return w == threshold ? 1 : 0; });
+        if (reached != target) {
+            // Of the tokens at the threshold, the only ones left between `low` and `high`, as many as it takes.
+            const uint64_t each = Measure::of(threshold);
+            if (each != 0) {
+                const uint64_t ties = (target - above + each - 1) / each;
+                if (above + ties * each < reached)
+                    last = locate(ties - 1, [&](float w) -> uint64_t { return w == threshold ? 1 : 0; });
+            }
+        }
         for_each([&](int i) {
             const float w = weights[i];
             if (w < threshold || (w == threshold && range.first + i > last)) weights[i] = 0.0f;
@@ -167,11 +208,13 @@ extern "C" __global__ void __launch_bounds__(ops::ROW_THREADS)
     ops_sample(const float* logits, const ops::SampleRow* parameters, uint32_t* out, int width) {
     extern __shared__ float weights[];
     __shared__ ops::RowShared<ops::PROBES> shared;
+    __shared__ uint16_t lists[ops::ROW_WARPS][ops::MAX_LISTED];
     ops::RowCluster<ops::PROBES> cluster(shared);
     const int row = blockIdx.x / ops::ROW_CTAS;
     ptx::wait_for_dependencies();
     ptx::launch_dependents();
-    ops::Sampler sampler{cluster, ops::TokenRange(cluster.rank, width), weights};
+    ops::Sampler sampler{cluster, ops::TokenRange(cluster.rank, width), weights,
+                         lists[threadIdx.x / ops::WARP]};
     const int token = sampler.draw(logits + static_cast<size_t>(row) * width, width, parameters[row]);
     if (cluster.rank == 0 && threadIdx.x == 0) out[row] = token;
     // Shared memory must outlive the others' reads of it.

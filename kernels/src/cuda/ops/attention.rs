@@ -114,7 +114,13 @@ impl Cut {
         let shared_bytes = stages + DECODE_WARPS * results * 4;
         let per_sm = (SM_SHARED_BYTES / (shared_bytes + RESERVED_BYTES)).clamp(1, MAX_BLOCKS_PER_SM);
         let max_chunks = (ROW_CHUNKS / tiles).clamp(1, MAX_CHUNKS);
-        Self { tiles, max_chunks, shared_bytes, blocks: sm_count * per_sm, result_floats: max_chunks * results }
+        Self {
+            tiles,
+            max_chunks,
+            shared_bytes,
+            blocks: sm_count * per_sm,
+            result_floats: max_chunks * results,
+        }
     }
 }
 

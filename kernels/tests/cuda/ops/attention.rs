@@ -46,7 +46,13 @@ impl Sequences {
     }
 
     /// One step of `parts`; their rows of the result, one part after the other.
-    fn step(&self, backend: &dyn Backend, cache: &mut PagedKv, parts: &[Part], norm: Option<&[f32]>) -> Vec<f32> {
+    fn step(
+        &self,
+        backend: &dyn Backend,
+        cache: &mut PagedKv,
+        parts: &[Part],
+        norm: Option<&[f32]>,
+    ) -> Vec<f32> {
         let (heads, width) = (self.heads, self.heads.qkv_width());
         let max_blocks = self.tables.iter().map(Vec::len).max().unwrap_or(1) + 1;
         let (mut qkv, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
