@@ -70,8 +70,8 @@ impl NormOperator {
         let out = address(out, Dtype::Bf16, rows * width);
         // SAFETY: as above.
         unsafe {
-            self.context.launch(kernel, &launch, &[&delta, &residual, &weight, &out, &int(width), &eps])
-        };
+            self.context.launch(kernel, &launch, &[&delta, &residual, &weight, &out, &int(width), &eps]);
+        }
     }
 }
 
