@@ -20,6 +20,7 @@
 
 namespace ops {
 
+/// Warps that multiply; one more brings blocks of the cache to shared memory, up to DECODE_STAGES ahead for each.
 constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_STAGES = 2;
 /// Query heads of a CTA.
@@ -106,6 +107,7 @@ struct DecodeAttention {
     static constexpr int PIECES = DIM / 8, STEPS = DIM / 16;
     static constexpr int TILE_BYTES = BLOCK_BYTES<DIM>, STAGE_BYTES = 2 * TILE_BYTES;
     static constexpr int WARP_BYTES = DECODE_STAGES * STAGE_BYTES;
+    /// Of the warps that multiply.
     static constexpr int THREADS = DECODE_WARPS * WARP;
     /// Pieces of four output elements a thread finishes.
     static constexpr int TASKS = (HEAD_TILE * DIM / 4 + THREADS - 1) / THREADS;
@@ -145,18 +147,22 @@ struct DecodeAttention {
         for (int i = 0; i < 4; ++i) s[i] += odd[i];
     }
 
-    /// One block of 16 keys into a warp's running result. `sum` is of this lane's keys alone.
+    /// One block of 16 keys into a warp's running result; those at `from .. to` of them, if not all, are seen. `sum` is
+    /// of this lane's keys alone.
     static __device__ __forceinline__ void attend(float (&o)[STEPS][4], Softmax (&state)[2], uint32_t stage,
-                                                  const uint32_t (&q)[STEPS][2], int start, int from, int context,
+                                                  const uint32_t (&q)[STEPS][2], bool is_partial, int from, int to,
                                                   float scale_log2) {
         const int lane = threadIdx.x % WARP;
         float s[4] = {};
         scores(s, stage, q);
-        const int position = start + lane / 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int p = position + (i / 2) * 8;
-            s[i] = p >= from && p < context ? s[i] * scale_log2 : -INFINITY;
+        for (int i = 0; i < 4; ++i) s[i] *= scale_log2;
+        if (is_partial) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = lane / 4 + i / 2 * 8;
+                if (key < from || key >= to) s[i] = -INFINITY;
+            }
         }
         float keep[2];
 #pragma unroll
@@ -172,12 +178,17 @@ struct DecodeAttention {
             state[h].max = max;
             state[h].sum = fmaf(state[h].sum, keep[h], s[h] + s[h + 2]);
         }
+        if (__any_sync(0xFFFFFFFFu, keep[0] != 1.0f || keep[1] != 1.0f)) {
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) o[step][i] *= keep[i % 2];
+            }
+        }
         const uint32_t p0 = ptx::transpose_matrix(pack_bf16(s[0], s[1]));
         const uint32_t p1 = ptx::transpose_matrix(pack_bf16(s[2], s[3]));
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) o[step][i] *= keep[i % 2];
             uint32_t v[4];
             const int token = lane % 8 + lane / 16 * 8, piece = step * 2 + lane / 8 % 2;
             ptx::load_matrices_transposed(v, stage + TILE_BYTES + piece_offset<DIM>(token, piece));
@@ -269,20 +280,51 @@ struct DecodeAttention {
         return {split.sequences, 0, total};
     }
 
+    /// Of a warp's stages: loaded, and read.
+    struct Barriers {
+        uint64_t full[DECODE_STAGES], empty[DECODE_STAGES];
+    };
+
+    /// Loads the blocks of one warp, in the order in which it takes them; for one lane. The first ones are on their way
+    /// before this kernel's turn, but for the last of a sequence, which holds the new token.
+    static __device__ __forceinline__ void produce(const AttentionArguments& a, const DecodeSplit& split, uint8_t* stages,
+                                                   Barriers& barriers, DecodeCursor at, DecodeSequence s, int end,
+                                                   int tiles, int kv_tiles) {
+        const int warp = threadIdx.x % WARP;
+        int stage = 0, phase = 1;
+        while (at.offset < end) {
+            const int kv_head = at.index / s.chunks / kv_tiles, chunk = at.index % s.chunks;
+            const uint32_t* table = a.block_tables + static_cast<size_t>(at.sequence) * a.max_blocks;
+            for (int round = 0; round < s.rounds; ++round) {
+                const int block = s.first + (chunk * s.rounds + round) * DECODE_WARPS + warp;
+                if (block >= s.end) break;
+                const uint32_t number = table[block];
+                ptx::barrier_wait(ptx::shared_address(&barriers.empty[stage]), phase);
+                if (block == s.end - 1) ptx::wait_for_dependencies();
+                load(a, ptx::shared_address(stages + stage * STAGE_BYTES), ptx::shared_address(&barriers.full[stage]),
+                     number, kv_head);
+                stage = (stage + 1) % DECODE_STAGES;
+                phase ^= stage == 0;
+            }
+            at.advance(a, split, tiles, s, 1, end);
+        }
+    }
+
     static __device__ __forceinline__ void run(const AttentionArguments& a, const DecodeSplit& split) {
         extern __shared__ __align__(128) uint8_t shared[];
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         const int group = a.q_heads / a.kv_heads, kv_tiles = (group + HEAD_TILE - 1) / HEAD_TILE;
         const int tiles = a.kv_heads * kv_tiles;
-        uint8_t* stages = shared + warp * WARP_BYTES;
         float* results = reinterpret_cast<float*>(shared + DECODE_WARPS * WARP_BYTES);
-        __shared__ uint64_t barriers[DECODE_WARPS][DECODE_STAGES];
-        const uint32_t barrier = ptx::shared_address(barriers[warp]);
-        if (lane == 0) {
-            for (int stage = 0; stage < DECODE_STAGES; ++stage) ptx::barrier_init(barrier + stage * 8, 1);
+        __shared__ Barriers barriers[DECODE_WARPS];
+        if (threadIdx.x < DECODE_WARPS) {
+            for (int stage = 0; stage < DECODE_STAGES; ++stage) {
+                ptx::barrier_init(ptx::shared_address(&barriers[threadIdx.x].full[stage]), 1);
+                ptx::barrier_init(ptx::shared_address(&barriers[threadIdx.x].empty[stage]), 1);
+            }
             ptx::barrier_init_fence();
         }
-        __syncwarp();
+        __syncthreads();
         // Step inputs and the cache of earlier positions were written at least two kernels ago: they are read, and
         // their loads started, before this kernel's turn.
         int begin, end, share;
@@ -294,38 +336,15 @@ struct DecodeAttention {
         }
         DecodeSequence s(a, split, now.sequence);
         now.advance(a, split, tiles, s, (begin - now.offset + s.rounds - 1) / s.rounds, end);
-
-        // The copies run ahead of the products, by blocks of this warp.
-        DecodeCursor ahead = now;
-        DecodeSequence ahead_s = s;
-        int load_round = 0, load_stage = 0;
-        const auto load_next = [&] {
-            // Rounds in which this warp has no block take no stage.
-            while (ahead.offset < end) {
-                const int chunk = ahead.index % ahead_s.chunks, tile = ahead.index / ahead_s.chunks;
-                const int block = ahead_s.first + (chunk * ahead_s.rounds + load_round) * DECODE_WARPS + warp;
-                const bool is_last = block == ahead_s.end - 1, present = block < ahead_s.end;
-                if (present) {
-                    if (is_last) ptx::wait_for_dependencies();
-                    if (lane == 0) {
-                        const uint32_t* table = a.block_tables + static_cast<size_t>(ahead.sequence) * a.max_blocks;
-                        load(a, ptx::shared_address(stages) + load_stage * STAGE_BYTES, barrier + load_stage * 8,
-                             table[block], tile / kv_tiles);
-                    }
-                    load_stage = (load_stage + 1) % DECODE_STAGES;
-                }
-                if (++load_round == ahead_s.rounds) {
-                    load_round = 0;
-                    ahead.advance(a, split, tiles, ahead_s, 1, end);
-                }
-                if (present) return;
-            }
-        };
-#pragma unroll
-        for (int stage = 0; stage < DECODE_STAGES; ++stage) load_next();
+        if (warp == DECODE_WARPS) {
+            if (lane < DECODE_WARPS)
+                produce(a, split, shared + lane * WARP_BYTES, barriers[lane], now, s, end, tiles, kv_tiles);
+            return;
+        }
         ptx::wait_for_dependencies();
         ptx::launch_dependents();
 
+        uint8_t* stages = shared + warp * WARP_BYTES;
         int stage = 0, phase = 0;
         while (now.offset < end) {
             // This CTA's chunks of a row.
@@ -354,20 +373,20 @@ struct DecodeAttention {
                 Softmax state[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
                 for (int round = 0; round < s.rounds; ++round) {
                     const int block = s.first + (chunk * s.rounds + round) * DECODE_WARPS + warp;
-                    const int start = block * BLOCK_TOKENS;
                     if (block >= s.end) break;
                     uint8_t* keys = stages + stage * STAGE_BYTES;
-                    ptx::barrier_wait(barrier + stage * 8, phase);
-                    if (start < s.from || start + BLOCK_TOKENS > s.context)
-                        clear_values(keys, s.from - start, s.context - start);
-                    attend(o, state, ptx::shared_address(keys), q, start, s.from, s.context, a.scale_log2);
+                    const int from = s.from - block * BLOCK_TOKENS, to = s.context - block * BLOCK_TOKENS;
+                    const bool is_partial = from > 0 || to < BLOCK_TOKENS;
+                    ptx::barrier_wait(ptx::shared_address(&barriers[warp].full[stage]), phase);
+                    if (is_partial) clear_values(keys, from, to);
+                    attend(o, state, ptx::shared_address(keys), q, is_partial, from, to, a.scale_log2);
                     __syncwarp();
-                    load_next();
+                    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&barriers[warp].empty[stage]));
                     stage = (stage + 1) % DECODE_STAGES;
                     phase ^= stage == 0;
                 }
                 publish(results + warp * heads * RESULT_STRIDE<DIM>, o, state, heads);
-                __syncthreads();
+                ptx::named_barrier(1, THREADS);
                 for_tasks(heads, [&](int task, int head, int at) {
                     Softmax merged;
                     const float4 chunk_o = merge(results, heads, head, at, merged);
@@ -379,7 +398,7 @@ struct DecodeAttention {
                         if (at == 0) to[DIM] = merged.max, to[DIM + 1] = merged.sum;
                     }
                 });
-                __syncthreads();
+                ptx::named_barrier(1, THREADS);
             }
             if (is_whole || arrive_last(split.arrivals + owner, chunks, s.chunks)) {
                 for_tasks(heads, [&](int task, int head, int at) {
@@ -417,12 +436,12 @@ struct DecodeAttention {
     static __device__ __forceinline__ bool arrive_last(uint32_t* counter, int done, int chunks) {
         __shared__ bool is_last;
         __threadfence();
-        __syncthreads();
+        ptx::named_barrier(1, THREADS);
         if (threadIdx.x == 0) {
             is_last = atomicAdd(counter, done) + done == chunks;
             if (is_last) *counter = 0;
         }
-        __syncthreads();
+        ptx::named_barrier(1, THREADS);
         __threadfence();
         return is_last;
     }
@@ -430,17 +449,17 @@ struct DecodeAttention {
 
 }  // namespace ops
 
-/// Rows of sequences that have exactly one. Grid: any number of CTAs, best as many as run at a time. Block: 128. Shared:
+/// Rows of sequences that have exactly one. Grid: any number of CTAs, best as many as run at a time. Block: 160. Shared:
 /// see DECODE_* above.
-#define OPS_ATTENTION_DECODE(DIM)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128, 2) ops_attention_decode_##DIM(                                    \
-        const __grid_constant__ ops::AttentionArguments a, const __grid_constant__ ops::DecodeSplit split) {            \
-        ops::DecodeAttention<DIM>::run(a, split);                                                                       \
+#define OPS_ATTENTION_DECODE(DIM, CTAS_PER_SM)                                                                   \
+    extern "C" __global__ void __launch_bounds__(160, CTAS_PER_SM) ops_attention_decode_##DIM(                    \
+        const __grid_constant__ ops::AttentionArguments a, const __grid_constant__ ops::DecodeSplit split) {      \
+        ops::DecodeAttention<DIM>::run(a, split);                                                                 \
     }
 
-OPS_ATTENTION_DECODE(16)
-OPS_ATTENTION_DECODE(32)
-OPS_ATTENTION_DECODE(64)
-OPS_ATTENTION_DECODE(96)
-OPS_ATTENTION_DECODE(128)
-OPS_ATTENTION_DECODE(256)
+OPS_ATTENTION_DECODE(16, 3)
+OPS_ATTENTION_DECODE(32, 3)
+OPS_ATTENTION_DECODE(64, 3)
+OPS_ATTENTION_DECODE(96, 3)
+OPS_ATTENTION_DECODE(128, 3)
+OPS_ATTENTION_DECODE(256, 1)

@@ -190,10 +190,12 @@ struct Sampler {
             const double enough = ceil(static_cast<double>(p.top_p) * static_cast<double>(total()));
             keep_until<Mass>(enough < 1.0 ? 1 : static_cast<uint64_t>(enough));
         }
+        uint64_t own = 0;
         for_each([&](int i) {
             if (weights[i] < p.min_p) weights[i] = 0.0f;
+            own += fixed_point(weights[i]);
         });
-        const uint64_t all = total();
+        const uint64_t all = cluster.reduce<Sum>(own);
         if (all == 0) return 0;
         const uint64_t target = static_cast<uint64_t>(uniform(p.seed, p.draw) * static_cast<double>(all));
         return locate(min(target, all - 1), [](float w) { return fixed_point(w); });

@@ -249,7 +249,8 @@ impl AttentionOperator {
             max_chunks: int(cut.max_chunks),
             sequences: int(sequences),
         };
-        let launch = Launch::new(blocks as u32, (DECODE_WARPS * WARP) as u32).shared(cut.shared_bytes as u32);
+        let launch =
+            Launch::new(blocks as u32, ((DECODE_WARPS + 1) * WARP) as u32).shared(cut.shared_bytes as u32);
         // SAFETY: as above; the scratch has a piece and a counter for each block.
         unsafe { self.context.launch(&self.decode[index], &launch, &[&arguments, &split]) };
     }
