@@ -29,7 +29,7 @@ const REPLAYS: usize = 10;
 const LAUNCHES: usize = 16;
 
 fn main() {
-    let device = Device::Cuda { ordinal: 0 };
+    let device = Device::Cuda { ordinal: 0, strict: false };
     if let Err(error) = device.check() {
         println!("SKIPPED: {error}");
         return;
