@@ -2,6 +2,7 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "bodies are written where they are sent")]
 
+mod bench;
 mod cancellation;
 mod chat;
 mod command_line;

@@ -55,6 +55,11 @@ impl TestServer {
         Self { base, client: Client::new(), stop: Some(stop), task, _folder: folder }
     }
 
+    /// The address, without a path.
+    pub(crate) fn base(&self) -> &str {
+        &self.base
+    }
+
     pub(crate) async fn chatty() -> Self {
         Self::with(|settings, folder| {
             let file = folder.join("template.jinja");
