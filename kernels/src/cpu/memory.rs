@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed};
 use std::sync::Arc;
 
+pub(crate) use super::arena::AlignedBytes;
 use crate::buffer::{Charge, Component, MemoryAccount};
 
 /// Plain data whose zero is all bits zero.
@@ -20,8 +21,6 @@ unsafe impl Zeroable for u32 {}
 unsafe impl Zeroable for i32 {}
 // SAFETY: as above.
 unsafe impl Zeroable for i8 {}
-// SAFETY: an array of zero numbers.
-unsafe impl Zeroable for Line {}
 
 /// `len` zeros, or `None` if the system refuses. Pages that are never written take no memory: a KV cache costs what
 /// is in use.
@@ -38,34 +37,14 @@ pub(crate) fn zeros<T: Zeroable>(len: usize) -> Option<Vec<T>> {
     }
 }
 
-/// Cache-line aligned bytes.
-#[derive(Debug)]
-pub(crate) struct AlignedBytes {
-    lines: Vec<Line>,
-}
-
+/// 64 bytes, as the caches hold them.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(crate) struct Line([u8; 64]);
 
-impl AlignedBytes {
-    /// `bytes` zeros, rounded up to whole cache lines; `None` if the system refuses.
-    pub(crate) fn zeroed(bytes: usize) -> Option<Self> {
-        Some(Self { lines: zeros(bytes.div_ceil(64))? })
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const u8 {
-        self.lines.as_ptr().cast()
-    }
-
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: `Line` is 64 plain bytes without padding.
-        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.lines.len() * 64) }
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 64) }
+impl Default for Line {
+    fn default() -> Self {
+        Self([0; 64])
     }
 }
 

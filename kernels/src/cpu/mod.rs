@@ -1,5 +1,6 @@
 //! The CPU backend: F32 activations, packed weights, every operator independent of batch, threads and instruction set.
 
+mod arena;
 mod attention;
 mod elementwise;
 mod linear;
@@ -14,6 +15,7 @@ mod tests;
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use self::arena::Arena;
 use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
 use self::linear::{IntegerCodec, LinearScratch, OutColumns, Product, linear};
 use self::memory::{Scratch, zeros};
@@ -46,6 +48,8 @@ pub(crate) struct CpuBackend {
 struct State {
     pool: Pool,
     linear: LinearScratch,
+    /// Where weights are.
+    arena: Arena,
     /// Scores, per thread.
     scores: Scratch,
     /// One per thread.
@@ -63,6 +67,7 @@ impl CpuBackend {
         let pool = Pool::new(threads);
         let state = RefCell::new(State {
             linear: LinearScratch::new(&memory),
+            arena: Arena::default(),
             scores: Scratch::new(&memory),
             samplers: (0..pool.threads()).map(|_| Sampler::default()).collect(),
             pool,
@@ -145,8 +150,8 @@ impl Backend for CpuBackend {
         let codec = scheme.map_or("dense", |s| s.weight.format.element.spec().name);
         let activations = match scheme.and_then(IntegerCodec::for_scheme) {
             None => "f32",
-            Some(integer) if integer.is_wide() => "int16",
-            Some(_) => "int8",
+            Some(integer) if integer.planes() == 1 => "int8",
+            Some(_) => "int16",
         };
         // `linear` quantizes the input as the scheme declares, whatever the kernel.
         LinearKernel { name: format!("cpu_{}_{codec}_{activations}", self.isa.name()), executed: scheme }
@@ -175,7 +180,10 @@ impl Backend for CpuBackend {
         let first = parts.first().expect("a weight has at least one part");
         let scheme = first.scheme();
         assert!(parts.iter().all(|part| part.stacks_with(first)), "parts stack with each other");
-        let packed = PackedWeight::new(parts, &mut self.state.borrow_mut().pool);
+        let packed = {
+            let State { pool, arena, .. } = &mut *self.state.borrow_mut();
+            PackedWeight::new(parts, pool, arena)
+        };
         let weight = packed.map_err(|error| match error {
             PackError::OutOfMemory(bytes) => self.out_of_memory("a weight", bytes),
             PackError::UnsupportedBlock => Error::Unsupported {

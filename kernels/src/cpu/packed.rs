@@ -17,6 +17,7 @@
 //!
 //! Scales are apart: 16 bytes per group and block. So MXFP4 takes 4.25 bits per weight here too.
 
+use super::arena::Arena;
 use super::linear::IntegerCodec;
 use super::memory::AlignedBytes;
 use super::pool::{DisjointSlices, Pool};
@@ -100,7 +101,11 @@ pub(crate) enum PackError {
 
 impl PackedWeight {
     /// Packs the stacked rows of `parts`, which stack with each other.
-    pub(crate) fn new(parts: &[WeightSource<'_>], pool: &mut Pool) -> Result<Self, PackError> {
+    pub(crate) fn new(
+        parts: &[WeightSource<'_>],
+        pool: &mut Pool,
+        arena: &mut Arena,
+    ) -> Result<Self, PackError> {
         let cols = parts[0].shape()[1];
         let rows = parts.iter().map(|p| p.shape()[0]).sum();
         let storage = match &parts[0] {
@@ -119,7 +124,7 @@ impl PackedWeight {
         let has_scales = !matches!(storage, Storage::Dense(_));
         let code_bytes = groups * blocks * storage.block_bytes();
         let scale_bytes = if has_scales { groups * blocks * LANES } else { 0 };
-        let zeroed = |bytes| AlignedBytes::zeroed(bytes).ok_or(PackError::OutOfMemory(bytes));
+        let mut zeroed = |bytes| arena.zeroed(bytes).ok_or(PackError::OutOfMemory(bytes));
         let (mut codes, mut scales) = (zeroed(code_bytes)?, zeroed(scale_bytes)?);
         let code_groups = DisjointSlices::new(codes.as_mut_slice(), blocks * storage.block_bytes());
         let scale_groups =

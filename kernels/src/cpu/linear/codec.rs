@@ -1,6 +1,7 @@
 //! How the codes of a weight become the integers of an int8 dot product.
 
 use crate::cpu::packed::BLOCK;
+use crate::cpu::simd::LANES;
 use crate::cpu::simd::dot::Dot;
 use crate::mx::{Cast, ElementType, Scheme};
 
@@ -55,9 +56,9 @@ impl IntegerCodec {
         self.integers.map(|i| (i32::from(i) + offset) as u8)
     }
 
-    /// Whether activations are held in 16 bits.
-    pub(crate) fn is_wide(&self) -> bool {
-        self.image.is_none()
+    /// Bytes of an activation's integer.
+    pub(crate) fn planes(&self) -> usize {
+        if self.image.is_some() { 1 } else { 2 }
     }
 }
 
@@ -76,6 +77,8 @@ pub(super) fn factor_log2(element: ElementType) -> Option<i32> {
 /// # Safety
 /// As [`Dot`]; `block` points to a whole block of the layout, `half < 2`.
 pub(super) trait Codec<D: Dot>: Copy {
+    /// Bytes of a block of a row group.
+    const BLOCK_BYTES: usize;
     /// Whether products are those of [`Dot::dot_bytes`].
     const BYTES: bool;
     /// The codec of `weight`'s integers.
@@ -99,6 +102,7 @@ unsafe fn words<D: Dot>(block: *const u8, w: usize) -> D {
 }
 
 impl<D: Dot> Codec<D> for Nibbles<D> {
+    const BLOCK_BYTES: usize = 4 * LANES * BLOCK / 8;
     const BYTES: bool = false;
     #[inline(always)]
     unsafe fn new(codec: &IntegerCodec) -> Self {
@@ -117,6 +121,7 @@ impl<D: Dot> Codec<D> for Nibbles<D> {
 }
 
 impl<D: Dot> Codec<D> for Sextets<D> {
+    const BLOCK_BYTES: usize = 6 * LANES * BLOCK / 8;
     const BYTES: bool = false;
     #[inline(always)]
     unsafe fn new(codec: &IntegerCodec) -> Self {
@@ -140,6 +145,7 @@ impl<D: Dot> Codec<D> for Sextets<D> {
 }
 
 impl<D: Dot> Codec<D> for Bytes {
+    const BLOCK_BYTES: usize = LANES * BLOCK;
     const BYTES: bool = true;
     #[inline(always)]
     unsafe fn new(_: &IntegerCodec) -> Self {

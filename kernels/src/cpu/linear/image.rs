@@ -84,11 +84,6 @@ impl Quantizer {
         let image_log2 = codec.image.and_then(|cast| factor_log2(cast.format.element)).unwrap_or(0);
         Self { offset, unit_log2: -codec.factor_log2 - image_log2, grid }
     }
-
-    /// Planes of the image.
-    pub(super) const fn planes(&self) -> usize {
-        if self.grid.is_some() { 1 } else { 2 }
-    }
 }
 
 /// 2^n for a normal F32.

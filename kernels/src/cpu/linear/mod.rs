@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 pub(crate) use self::codec::IntegerCodec;
 use self::image::{PLANE_WORDS, QuantizeTile, Quantizer, Rows};
-use super::memory::Scratch;
+use super::memory::{Line, Scratch};
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};
 use super::simd::{Isa, LANES, Lanes};
@@ -142,7 +142,7 @@ impl Split {
 /// Scratch of [`linear`].
 pub(crate) struct LinearScratch {
     /// Decoded weights and totals, per thread.
-    panels: Scratch,
+    panels: Scratch<Line>,
     /// Integer activations.
     image: Scratch<i32>,
     /// Activations quantized as declared or padded to whole blocks.
@@ -195,6 +195,11 @@ pub(crate) fn linear(
     }
 }
 
+/// Cache lines of this many floats.
+const fn lines(floats: usize) -> usize {
+    floats.div_ceil(size_of::<Line>() / size_of::<f32>())
+}
+
 fn float_product(
     isa: Isa,
     pool: &mut Pool,
@@ -223,12 +228,12 @@ fn float_product(
         (&*input, padded)
     };
     let problem = float::Problem { weight, x: x.as_ptr(), x_stride, out };
-    let per_thread = float::scratch_floats(tokens);
+    let per_thread = lines(float::scratch_floats(tokens));
     let pieces = DisjointSlices::new(scratch.panels.take(per_thread * pool.threads()), per_thread);
     let split = Split::new(weight, tokens, float::TILE_TOKENS, pool.threads(), float::panel_groups(tokens));
     pool.run(split.tasks(), &|task, thread| {
         // SAFETY: one piece per thread; the part is this task's alone; `isa` is available.
-        unsafe { float::run_on(isa, &problem, &split.part(task), pieces.slice(thread).as_mut_ptr()) };
+        unsafe { float::run_on(isa, &problem, &split.part(task), pieces.slice(thread).as_mut_ptr().cast()) };
     });
 }
 
@@ -245,24 +250,17 @@ fn integer_product(
     // SAFETY: `isa` is available.
     let shape = unsafe { isa.dot(integer::FindShape(codec)) };
     let quantizer = Quantizer::new(codec, shape.offset);
-    let streamed = tokens <= shape.stream_tokens;
     // As few tiles as there can be, of equal size.
-    let tile_tokens = if streamed { tokens } else { tokens.div_ceil(tokens.div_ceil(shape.max_tile_tokens)) };
-    let image = scratch.image.take(tokens * blocks * quantizer.planes() * PLANE_WORDS);
-    let cast = product.activation.filter(|_| codec.is_wide());
-    make_image(isa, pool, &mut scratch.input, &quantizer, product, cast, tile_tokens, image);
+    let tile_tokens = tokens.div_ceil(tokens.div_ceil(shape.max_tile_tokens));
+    let image = scratch.image.take(tokens * blocks * codec.planes() * PLANE_WORDS);
+    let cast = product.activation.filter(|_| codec.planes() > 1);
+    make_image(isa, pool, &mut scratch.input, &quantizer, codec.planes(), product, cast, tile_tokens, image);
 
     let problem = integer::Problem { weight, codec, image: image.as_ptr(), tile_tokens, out };
-    let per_thread = if streamed { 0 } else { integer::Scratch::floats(tokens) };
-    let pieces = DisjointSlices::new(scratch.panels.take(per_thread * pool.threads()), per_thread);
-    let panel_groups = if streamed { 1 } else { integer::PANEL_GROUPS };
-    let split = Split::new(weight, tokens, tile_tokens, pool.threads(), panel_groups);
-    pool.run(split.tasks(), &|task, thread| {
-        // SAFETY: one piece per thread; the part is this task's alone; `isa` is available.
-        unsafe {
-            let scratch = integer::Scratch::new(pieces.slice(thread), streamed);
-            isa.dot(integer::Task { problem: &problem, part: split.part(task), scratch, streamed });
-        }
+    let split = Split::new(weight, tokens, tile_tokens, pool.threads(), 1);
+    pool.run(split.tasks(), &|task, _| {
+        // SAFETY: the part is this task's alone; `isa` is available.
+        unsafe { isa.dot(integer::Task { problem: &problem, part: split.part(task) }) };
     });
 }
 
@@ -273,6 +271,7 @@ fn make_image(
     pool: &mut Pool,
     input: &mut Scratch,
     quantizer: &Quantizer,
+    planes: usize,
     product: &Product<'_>,
     cast: Option<Cast>,
     tile_tokens: usize,
@@ -292,7 +291,7 @@ fn make_image(
             &*input
         }
     };
-    let token_words = blocks * quantizer.planes() * PLANE_WORDS;
+    let token_words = blocks * planes * PLANE_WORDS;
     let words = DisjointSlices::new(image, token_words);
     let make = |tile: usize| {
         let token = tile * tile_tokens;

@@ -60,8 +60,8 @@ pub(crate) trait Dot: Copy {
     /// Whether [`dot_bytes`](Self::dot_bytes) is [`dot_codes`](Self::dot_codes).
     const ONE_DOT: bool;
 
-    /// Asks for the cache line at `p`, which may point anywhere.
-    unsafe fn prefetch(p: *const u8);
+    /// Asks for the cache line at `p`, which may point anywhere, into the second (`FAR`) or the first cache.
+    unsafe fn prefetch<const FAR: bool>(p: *const u8);
     /// Runs `work` as a function of its own, compiled for these instructions.
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output;
 
@@ -69,8 +69,6 @@ pub(crate) trait Dot: Copy {
     unsafe fn splat(v: i32) -> Self;
     /// 16 words.
     unsafe fn load(p: *const u8) -> Self;
-    /// Stores 16 words.
-    unsafe fn store(self, p: *mut u8);
     /// The table of 64 bytes; those behind 16 repeat the first 16 where codes have four bits.
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table;
     /// The low (`HIGH` false) or high nibble of each byte of `self` through `table`.
@@ -121,7 +119,7 @@ impl Dot for PortableDot {
     const ONE_DOT: bool = true;
 
     #[inline(always)]
-    unsafe fn prefetch(_: *const u8) {}
+    unsafe fn prefetch<const FAR: bool>(_: *const u8) {}
     #[inline(never)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
         // SAFETY: the caller's conditions.
@@ -135,11 +133,6 @@ impl Dot for PortableDot {
     unsafe fn load(p: *const u8) -> Self {
         // SAFETY: the trait's contract.
         Self(unsafe { p.cast::<[i32; LANES]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn store(self, p: *mut u8) {
-        // SAFETY: the trait's contract.
-        unsafe { p.cast::<[i32; LANES]>().write_unaligned(self.0) };
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> [u8; 64] {

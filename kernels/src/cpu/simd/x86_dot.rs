@@ -6,6 +6,18 @@ use std::arch::x86_64::*;
 use super::dot::{Dot, DotWork};
 use super::x86::{Avx2, Avx512};
 
+/// [`Dot::prefetch`].
+#[inline(always)]
+unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+    unsafe {
+        if FAR {
+            _mm_prefetch::<_MM_HINT_T1>(p.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+    }
+}
+
 /// One 512-bit register; AVX-512 with VNNI and VBMI.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Vnni(__m512i);
@@ -18,8 +30,8 @@ impl Dot for Avx512Vnni {
     const ONE_DOT: bool = true;
 
     #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        unsafe { prefetch::<FAR>(p) }
     }
     #[inline(always)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
@@ -38,18 +50,15 @@ impl Dot for Avx512Vnni {
         Self(unsafe { _mm512_loadu_si512(p.cast()) })
     }
     #[inline(always)]
-    unsafe fn store(self, p: *mut u8) {
-        unsafe { _mm512_storeu_si512(p.cast(), self.0) }
-    }
-    #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> __m512i {
         unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
     }
     #[inline(always)]
     unsafe fn nibbles<const HIGH: bool>(self, table: __m512i) -> Self {
         unsafe {
+            // The lookup takes six bits; the two above the nibble do not matter, since the table repeats.
             let code = if HIGH { _mm512_srli_epi16::<4>(self.0) } else { self.0 };
-            Self(_mm512_shuffle_epi8(table, _mm512_and_si512(code, _mm512_set1_epi8(15))))
+            Self(_mm512_permutexvar_epi8(code, table))
         }
     }
     #[inline(always)]
@@ -197,8 +206,8 @@ impl Dot for Avx2Dot {
     const ONE_DOT: bool = false;
 
     #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        unsafe { prefetch::<FAR>(p) }
     }
     #[inline(always)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
@@ -216,13 +225,6 @@ impl Dot for Avx2Dot {
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
         unsafe { Self(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
-    }
-    #[inline(always)]
-    unsafe fn store(self, p: *mut u8) {
-        unsafe {
-            _mm256_storeu_si256(p.cast(), self.0);
-            _mm256_storeu_si256(p.add(32).cast(), self.1);
-        }
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table {
