@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::cpu::AlignedBytes;
+
 /// Element type of a [`Buffer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
@@ -12,6 +14,8 @@ pub enum Dtype {
     Bf16,
     /// Unsigned 32-bit integer: token ids, positions, block numbers.
     U32,
+    /// Bytes whose meaning an operator knows: the KV cache, packed codes and scales.
+    U8,
 }
 
 impl Dtype {
@@ -20,6 +24,7 @@ impl Dtype {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::Bf16 => 2,
+            Self::U8 => 1,
         }
     }
 }
@@ -102,6 +107,7 @@ pub(crate) enum Storage {
     HostF32(Vec<f32>),
     HostBf16(Vec<u16>),
     HostU32(Vec<u32>),
+    HostU8(AlignedBytes),
     #[cfg(feature = "cuda")]
     Cuda {
         memory: crate::cuda::DeviceBuffer,
@@ -121,6 +127,7 @@ impl Buffer {
             Storage::HostF32(_) => Dtype::F32,
             Storage::HostBf16(_) => Dtype::Bf16,
             Storage::HostU32(_) => Dtype::U32,
+            Storage::HostU8(_) => Dtype::U8,
             #[cfg(feature = "cuda")]
             Storage::Cuda { dtype, .. } => *dtype,
         }
@@ -132,6 +139,7 @@ impl Buffer {
             Storage::HostF32(v) => v.len(),
             Storage::HostBf16(v) => v.len(),
             Storage::HostU32(v) => v.len(),
+            Storage::HostU8(v) => v.as_slice().len(),
             #[cfg(feature = "cuda")]
             Storage::Cuda { len, .. } => *len,
         }

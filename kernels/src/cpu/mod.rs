@@ -16,9 +16,10 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use self::arena::Arena;
-use self::attention::{HeadCache, KvElement, KvGeometry, RowContext, score_floats};
+use self::attention::{AttentionScratch, CacheWriter, KvLayout, PairIsa};
 use self::linear::{IntegerCodec, LinearScratch, OutColumns, Product, linear};
-use self::memory::{Scratch, zeros};
+pub(crate) use self::memory::AlignedBytes;
+use self::memory::zeros;
 use self::packed::PackError;
 pub(crate) use self::packed::PackedWeight;
 use self::pool::{DisjointSlices, Pool};
@@ -40,6 +41,7 @@ const SERIAL_ELEMENTS: usize = 16 * 1024;
 /// The processor.
 pub(crate) struct CpuBackend {
     isa: Isa,
+    pairs: PairIsa,
     memory: Arc<MemoryAccount>,
     state: RefCell<State>,
 }
@@ -50,8 +52,7 @@ struct State {
     linear: LinearScratch,
     /// Where weights are.
     arena: Arena,
-    /// Scores, per thread.
-    scores: Scratch,
+    attention: AttentionScratch,
     /// One per thread.
     samplers: Vec<Sampler>,
 }
@@ -59,20 +60,21 @@ struct State {
 impl CpuBackend {
     /// A backend with `threads` threads and the best instruction set of this processor.
     pub(crate) fn new(threads: usize) -> Self {
-        Self::with_isa(threads, Isa::available()[0])
+        let isa = Isa::available()[0];
+        Self::with_isa(threads, isa, PairIsa::available(isa)[0])
     }
 
-    fn with_isa(threads: usize, isa: Isa) -> Self {
+    fn with_isa(threads: usize, isa: Isa, pairs: PairIsa) -> Self {
         let memory = Arc::default();
         let pool = Pool::new(threads);
         let state = RefCell::new(State {
             linear: LinearScratch::new(&memory),
             arena: Arena::default(),
-            scores: Scratch::new(&memory),
+            attention: AttentionScratch::new(&memory),
             samplers: (0..pool.threads()).map(|_| Sampler::default()).collect(),
             pool,
         });
-        Self { isa, memory, state }
+        Self { isa, pairs, memory, state }
     }
 
     /// Calls `body(row, out_row)` for the first `rows` rows of `out`, in parallel when there is enough to do.
@@ -93,15 +95,14 @@ impl CpuBackend {
         }
     }
 
-    fn kv_element(&self, dtype: KvCacheDtype) -> Result<Dtype> {
-        match dtype {
-            KvCacheDtype::Bf16 => Ok(Dtype::Bf16),
-            KvCacheDtype::F32 => Ok(Dtype::F32),
-            KvCacheDtype::Mxfp8 | KvCacheDtype::Mxint8 | KvCacheDtype::Mxfp4 => Err(Error::Unsupported {
-                what: format!("a KV cache in {dtype} (kv_cache_dtype)"),
-                device: self.description(),
-            }),
-        }
+    fn kv_layout(&self, heads: Heads, dtype: KvCacheDtype) -> Result<KvLayout> {
+        KvLayout::new(heads, dtype).ok_or_else(|| Error::Unsupported {
+            what: format!(
+                "a KV cache in {dtype} (kv_cache_dtype) with a head dimension of {}, which is no multiple of 32",
+                heads.dim
+            ),
+            device: self.description(),
+        })
     }
 
     fn out_of_memory(&self, what: &str, bytes: usize) -> Error {
@@ -122,6 +123,22 @@ fn floats_mut(buffer: &mut Buffer) -> &mut [f32] {
     match &mut buffer.storage {
         Storage::HostF32(v) => v,
         _ => panic!("activations are F32 on the CPU, this buffer is {dtype:?}"),
+    }
+}
+
+/// The bytes of a cache.
+fn bytes(buffer: &Buffer) -> &[u8] {
+    match &buffer.storage {
+        Storage::HostU8(v) => v.as_slice(),
+        _ => panic!("a cache is U8 on the CPU, this buffer is {:?}", buffer.dtype()),
+    }
+}
+
+fn bytes_mut(buffer: &mut Buffer) -> &mut [u8] {
+    let dtype = buffer.dtype();
+    match &mut buffer.storage {
+        Storage::HostU8(v) => v.as_mut_slice(),
+        _ => panic!("a cache is U8 on the CPU, this buffer is {dtype:?}"),
     }
 }
 
@@ -171,6 +188,7 @@ impl Backend for CpuBackend {
             Dtype::F32 => zeros(len).map(Storage::HostF32),
             Dtype::Bf16 => zeros(len).map(Storage::HostBf16),
             Dtype::U32 => zeros(len).map(Storage::HostU32),
+            Dtype::U8 => AlignedBytes::zeroed(len).map(Storage::HostU8),
         };
         let storage = storage.ok_or_else(|| self.out_of_memory(component.label(), bytes))?;
         Ok(Buffer::new(storage, self.memory.charge(component, bytes)))
@@ -213,23 +231,23 @@ impl Backend for CpuBackend {
     }
 
     fn attention_kernel(&self, dtype: KvCacheDtype) -> String {
-        format!("cpu_{}_{dtype}", self.isa.name())
+        let isa = if dtype == KvCacheDtype::F32 { self.isa.name() } else { self.pairs.name() };
+        format!("cpu_{isa}_{dtype}")
     }
 
     fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: KvCacheDtype) -> Result<PagedKv> {
-        let element = self.kv_element(dtype)?;
-        let geometry = KvGeometry { heads };
+        let layout = self.kv_layout(heads, dtype)?;
         Ok(PagedKv {
-            k: self.alloc(element, blocks * geometry.k_block(), Component::KvCache)?,
-            v: self.alloc(element, blocks * geometry.v_block(), Component::KvCache)?,
+            k: self.alloc(Dtype::U8, blocks * layout.key_block_bytes(), Component::KvCache)?,
+            v: self.alloc(Dtype::U8, blocks * layout.value_block_bytes(), Component::KvCache)?,
             blocks,
             dtype,
         })
     }
 
     fn kv_block_bytes(&self, heads: Heads, dtype: KvCacheDtype) -> Result<usize> {
-        let geometry = KvGeometry { heads };
-        Ok((geometry.k_block() + geometry.v_block()) * self.kv_element(dtype)?.size_bytes())
+        let layout = self.kv_layout(heads, dtype)?;
+        Ok(layout.key_block_bytes() + layout.value_block_bytes())
     }
 
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {
@@ -237,10 +255,10 @@ impl Backend for CpuBackend {
             Storage::HostF32(v) => v[offset..][..values.len()].copy_from_slice(values),
             Storage::HostBf16(v) => {
                 for (out, &x) in v[offset..][..values.len()].iter_mut().zip(values) {
-                    *out = u16::from_f32(x);
+                    *out = half::bf16::from_f32(x).to_bits();
                 }
             }
-            Storage::HostU32(_) => panic!("floats do not go into a U32 buffer"),
+            Storage::HostU32(_) | Storage::HostU8(_) => panic!("floats do not go into an integer buffer"),
             #[cfg(feature = "cuda")]
             Storage::Cuda { .. } => panic!("a buffer of another device"),
         }
@@ -261,7 +279,7 @@ impl Backend for CpuBackend {
                     *out = half::bf16::from_bits(x).to_f32();
                 }
             }
-            Storage::HostU32(_) => panic!("floats do not come from a U32 buffer"),
+            Storage::HostU32(_) | Storage::HostU8(_) => panic!("floats do not come from an integer buffer"),
             #[cfg(feature = "cuda")]
             Storage::Cuda { .. } => panic!("a buffer of another device"),
         }
@@ -364,6 +382,8 @@ impl Backend for CpuBackend {
         assert!(dim.is_multiple_of(2), "a head is made of pairs");
         let norm = norm.map(|norm| (floats(norm.q), floats(norm.k), norm.eps));
         assert!(norm.is_none_or(|(q, k, _)| q.len() == dim && k.len() == dim), "one norm weight per element");
+        let layout = self.kv_layout(heads, cache.dtype).expect("alloc_kv has made this cache");
+        let writer = CacheWriter::new(layout, bytes_mut(&mut cache.k), bytes_mut(&mut cache.v));
         self.for_rows(rows, width, floats_mut(qkv), &|m, row| {
             let (cos, sin) = rope[m * dim..][..dim].split_at(dim / 2);
             for (h, head) in row.chunks_exact_mut(dim).take(heads.q + heads.kv).enumerate() {
@@ -375,14 +395,10 @@ impl Backend for CpuBackend {
                     elementwise::rotate(isa, head, cos, sin);
                 }
             }
+            let (keys, values) = row[heads.q_width()..].split_at(heads.kv * dim);
+            // SAFETY: rows of a step have slots of their own; the cache is borrowed.
+            unsafe { writer.write(slots[m] as usize, keys, values) };
         });
-        let geometry = KvGeometry { heads };
-        let qkv = floats(qkv);
-        match (&mut cache.k.storage, &mut cache.v.storage) {
-            (Storage::HostBf16(k), Storage::HostBf16(v)) => write_kv(geometry, qkv, &slots[..rows], k, v),
-            (Storage::HostF32(k), Storage::HostF32(v)) => write_kv(geometry, qkv, &slots[..rows], k, v),
-            _ => panic!("keys and values are both BF16 or both F32"),
-        }
     }
 
     fn paged_attention(
@@ -395,45 +411,25 @@ impl Backend for CpuBackend {
         cache: &PagedKv,
         out: &mut Buffer,
     ) {
-        let (isa, qkv) = (self.isa, floats(qkv));
         let query_start = &integers(inputs.query_start)[..=inputs.sequences];
-        let context_lens = &integers(inputs.context_lens)[..inputs.sequences];
-        let tables = integers(inputs.block_tables);
         let rows = query_start[inputs.sequences] as usize;
-        let group = heads.q / heads.kv;
-        let pieces = DisjointSlices::new(&mut floats_mut(out)[..rows * heads.q_width()], group * heads.dim);
-        let longest = context_lens.iter().max().map_or(0, |&n| n as usize);
-        let State { pool, scores, .. } = &mut *self.state.borrow_mut();
-        let per_thread = score_floats(longest);
-        let scores = DisjointSlices::new(scores.take(per_thread * pool.threads()), per_thread);
-        let geometry = KvGeometry { heads };
-        pool.run(rows * heads.kv, &|task, thread| {
-            let (row, head) = (task / heads.kv, task % heads.kv);
-            let sequence = query_start.partition_point(|&start| start as usize <= row) - 1;
-            let after = query_start[sequence + 1] as usize - row;
-            let to = context_lens[sequence] as usize + 1 - after;
-            let context = RowContext {
-                blocks: &tables[sequence * inputs.max_blocks..][..inputs.max_blocks],
-                from: window.map_or(0, |w| to.saturating_sub(w)),
-                to,
-            };
-            let q = &qkv[row * heads.qkv_width() + head * group * heads.dim..][..group * heads.dim];
-            // SAFETY: one task per piece of `out`, one piece of scores per thread; `isa` is available.
-            unsafe {
-                let (out, scores) = (pieces.slice(task), scores.slice(thread));
-                match (&cache.k.storage, &cache.v.storage) {
-                    (Storage::HostBf16(k), Storage::HostBf16(v)) => {
-                        let cache = HeadCache { k, v, geometry, head };
-                        attention::row_bf16(isa, cache, context, q, scale, scores, out);
-                    }
-                    (Storage::HostF32(k), Storage::HostF32(v)) => {
-                        let cache = HeadCache { k, v, geometry, head };
-                        attention::row_f32(isa, cache, context, q, scale, scores, out);
-                    }
-                    _ => panic!("keys and values are both BF16 or both F32"),
-                }
-            }
-        });
+        let step = attention::Step {
+            cache: attention::Cache {
+                layout: self.kv_layout(heads, cache.dtype).expect("alloc_kv has made this cache"),
+                k: bytes(&cache.k),
+                v: bytes(&cache.v),
+            },
+            qkv: floats(qkv),
+            scale,
+            window,
+            query_start,
+            context_lens: &integers(inputs.context_lens)[..inputs.sequences],
+            block_tables: integers(inputs.block_tables),
+            max_blocks: inputs.max_blocks,
+        };
+        let State { pool, attention, .. } = &mut *self.state.borrow_mut();
+        let out = &mut floats_mut(out)[..rows * heads.q_width()];
+        attention::attention(self.isa, self.pairs, pool, attention, &step, out);
     }
 
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer) {
@@ -475,17 +471,5 @@ impl Backend for CpuBackend {
             out[0] = Some(sampling::logprobs(isa, row, targets[i], top));
         });
         out.into_iter().flatten().collect()
-    }
-}
-
-/// Writes the keys and values of `slots.len()` rows of `qkv`.
-fn write_kv<T: KvElement>(geometry: KvGeometry, qkv: &[f32], slots: &[u32], k: &mut [T], v: &mut [T]) {
-    let Heads { q, kv, dim } = geometry.heads;
-    for (row, &slot) in qkv.chunks_exact(geometry.heads.qkv_width()).zip(slots) {
-        for head in 0..kv {
-            let key = &row[(q + head) * dim..][..dim];
-            let value = &row[(q + kv + head) * dim..][..dim];
-            geometry.write(k, v, slot as usize, head, key, value);
-        }
     }
 }

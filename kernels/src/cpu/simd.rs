@@ -351,6 +351,7 @@ impl Lanes for Portable {
 }
 
 pub(crate) mod dot;
+pub(crate) mod pairs;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 #[cfg(target_arch = "x86_64")]

@@ -31,7 +31,9 @@ impl Random {
 }
 
 fn backends() -> Vec<CpuBackend> {
-    Isa::available().into_iter().flat_map(|isa| [1, 3].map(|t| CpuBackend::with_isa(t, isa))).collect()
+    let pairs = |isa| PairIsa::available(isa).into_iter().map(move |pairs| (isa, pairs));
+    let isas = Isa::available().into_iter().flat_map(pairs);
+    isas.flat_map(|(isa, pairs)| [1, 3].map(|t| CpuBackend::with_isa(t, isa, pairs))).collect()
 }
 
 fn upload_f32(backend: &CpuBackend, values: &[f32]) -> Buffer {
@@ -308,12 +310,12 @@ fn packed_weights_take_the_bytes_of_their_format() {
 #[test]
 fn a_kv_block_takes_the_bytes_it_says() {
     let backend = CpuBackend::new(1);
-    for dim in [24, 64] {
-        for dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
+    for dim in [32, 64] {
+        for dtype in KvCacheDtype::ALL {
             let heads = Heads { q: 4, kv: 2, dim };
-            let cache = backend.alloc_kv(5, heads, dtype).unwrap();
+            let cache = backend.alloc_kv(8, heads, dtype).unwrap();
             let held = backend.memory().bytes(Component::KvCache);
-            assert_eq!(held, 5 * backend.kv_block_bytes(heads, dtype).unwrap(), "{dim} {dtype:?}");
+            assert_eq!(held, 8 * backend.kv_block_bytes(heads, dtype).unwrap(), "{dim} {dtype:?}");
             assert_eq!(
                 held,
                 cache.k.len() * cache.k.dtype().size_bytes() + cache.v.len() * cache.v.dtype().size_bytes()
@@ -414,21 +416,38 @@ fn run_attention(
     out
 }
 
-fn expected_attention(heads: Heads, window: Option<usize>, qkv: &[f32]) -> Vec<f32> {
+/// (in the backend's order, by the plain definition) with keys and values as `dtype` holds them.
+fn expected_attention(
+    heads: Heads,
+    dtype: KvCacheDtype,
+    window: Option<usize>,
+    qkv: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
     let (dim, width) = (heads.dim, heads.qkv_width());
     let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 0.3_f32.powi(i as i32)).collect();
-    let (mut keys, mut values, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    let (mut ordered, mut plain) = (Vec::new(), Vec::new());
     for (p, row) in qkv.chunks_exact(width).enumerate() {
         let mut row = row.to_vec();
         for head in row[..(heads.q + heads.kv) * dim].chunks_exact_mut(dim) {
             reference::rope(head, p as u32, &inv_freq, 1.0);
         }
-        keys.extend_from_slice(&row[heads.q_width()..][..heads.kv * dim]);
-        values.extend_from_slice(&row[heads.q_width() + heads.kv * dim..]);
-        let from = window.map_or(0, |w| (p + 1).saturating_sub(w)) * heads.kv * dim;
-        out.extend(reference::attention(&row[..heads.q_width()], &keys[from..], &values[from..], heads, 0.2));
+        let (new_keys, new_values) = row[heads.q_width()..].split_at(heads.kv * dim);
+        keys.extend(new_keys.chunks_exact(dim).flat_map(|k| reference::stored_in_cache(k, dtype)));
+        values.extend(new_values.chunks_exact(dim).flat_map(|v| reference::stored_in_cache(v, dtype)));
+        let from = window.map_or(0, |w| (p + 1).saturating_sub(w));
+        let (keys, values) = (&keys[from * heads.kv * dim..], &values[from * heads.kv * dim..]);
+        let q = &row[..heads.q_width()];
+        ordered.extend(reference::attention_in_ranges(q, keys, values, heads, 0.2, from, dtype));
+        plain.extend(reference::attention(q, keys, values, heads, 0.2));
     }
-    out
+    (ordered, plain)
+}
+
+/// Types that take heads of `dim`.
+fn dtypes(dim: usize) -> Vec<KvCacheDtype> {
+    let fits = |dtype: &KvCacheDtype| dtype.cast().is_none() || dim.is_multiple_of(32);
+    KvCacheDtype::ALL.into_iter().filter(fits).collect()
 }
 
 #[test]
@@ -439,30 +458,91 @@ fn attention_equals_its_definition_and_does_not_depend_on_chunks_or_neighbours()
         Heads { q: 7, kv: 1, dim: 80 },
         Heads { q: 2, kv: 1, dim: 24 },
         Heads { q: 10, kv: 2, dim: 128 },
+        Heads { q: 13, kv: 1, dim: 96 },
     ] {
         let (a, b) = (Random(1).vec(53 * heads.qkv_width()), Random(2).vec(18 * heads.qkv_width()));
         for window in [None, Some(7), Some(16), Some(33)] {
-            for dtype in [KvCacheDtype::F32, KvCacheDtype::Bf16] {
+            for dtype in dtypes(heads.dim) {
                 let what = format!("{heads:?} window {window:?} {dtype:?}");
-                let expected = [expected_attention(heads, window, &a), expected_attention(heads, window, &b)];
-                let mut first: Option<Vec<Vec<f32>>> = None;
+                let [a_expected, b_expected] = [&a, &b].map(|x| expected_attention(heads, dtype, window, x));
+                let tolerance = if dtype == KvCacheDtype::F32 { 2e-6 } else { 1e-2 };
+                assert_close(&a_expected.0, &a_expected.1, tolerance, &what);
                 for backend in backends() {
-                    let whole = run_attention(&backend, heads, dtype, window, &[&a, &b], 64);
-                    let tolerance = if dtype == KvCacheDtype::F32 { 2e-6 } else { 1e-2 };
-                    assert_close(&whole[0], &expected[0], tolerance, &what);
-                    assert_close(&whole[1], &expected[1], tolerance, &what);
-                    let first = first.get_or_insert_with(|| whole.clone());
-                    assert_bits(&whole[0], &first[0], &what);
-                    for chunk in [1, 5, 16] {
+                    let what = format!("{what} on {}", backend.attention_kernel(dtype));
+                    for chunk in [64, 1, 5, 16] {
                         let chunked = run_attention(&backend, heads, dtype, window, &[&a, &b], chunk);
-                        assert_bits(&chunked[0], &first[0], &format!("{what} in chunks of {chunk}"));
-                        assert_bits(&chunked[1], &first[1], &format!("{what} in chunks of {chunk}"));
+                        assert_bits(&chunked[0], &a_expected.0, &format!("{what} in chunks of {chunk}"));
+                        assert_bits(&chunked[1], &b_expected.0, &format!("{what} in chunks of {chunk}"));
                     }
                     let alone = run_attention(&backend, heads, dtype, window, &[&b], 64);
-                    assert_bits(&alone[0], &first[1], &format!("{what} alone"));
+                    assert_bits(&alone[0], &b_expected.0, &format!("{what} alone"));
                 }
             }
         }
+    }
+}
+
+#[test]
+fn attention_over_several_ranges_of_positions_equals_its_definition() {
+    let heads = Heads { q: 2, kv: 1, dim: 32 };
+    // Large scores, so that maxima differ from range to range and most probabilities are negligible.
+    let a: Vec<f32> = Random(1).vec(530 * heads.qkv_width()).iter().map(|x| x * 3.0).collect();
+    for window in [None, Some(270)] {
+        for dtype in KvCacheDtype::ALL {
+            let (expected, plain) = expected_attention(heads, dtype, window, &a);
+            let tolerance = if dtype == KvCacheDtype::F32 { 2e-5 } else { 5e-2 };
+            assert_close(&expected, &plain, tolerance, "the order");
+            for backend in backends() {
+                // Whole, the last rows are cut into tasks by ranges where there are threads for them.
+                for chunk in [530, 529, 250] {
+                    let out = run_attention(&backend, heads, dtype, window, &[&a], chunk);
+                    let kernel = backend.attention_kernel(dtype);
+                    let what = format!("window {window:?} in chunks of {chunk}, {}", backend.description());
+                    assert_bits(&out[0], &expected, &format!("{kernel} {what}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_huge_and_absent_numbers_are_the_same_on_every_instruction_set() {
+    let heads = Heads { q: 2, kv: 1, dim: 32 };
+    let mut random = Random(3);
+    let x: Vec<f32> = (0..40 * heads.qkv_width())
+        .map(|_| random.next() * 2.0_f32.powi((random.bits() % 240) as i32 - 150))
+        .collect();
+    for dtype in KvCacheDtype::ALL {
+        let (expected, _) = expected_attention(heads, dtype, None, &x);
+        for backend in backends() {
+            let out = run_attention(&backend, heads, dtype, None, &[&x], 40);
+            assert_bits(&out[0], &expected, &backend.attention_kernel(dtype));
+        }
+        // A NaN, or an infinity that MX has no number for, reaches the rows that see it, in its own sequence.
+        let mut broken = Random(4).vec(40 * heads.qkv_width());
+        broken[21 * heads.qkv_width() + 3 * heads.dim + 5] = f32::NAN;
+        let fine = Random(5).vec(40 * heads.qkv_width());
+        let (expected, _) = expected_attention(heads, dtype, None, &fine);
+        for backend in backends() {
+            for chunk in [40, 7, 1] {
+                let out = run_attention(&backend, heads, dtype, None, &[&broken, &fine], chunk);
+                assert_bits(&out[1], &expected, "its neighbour");
+                for (row, out) in out[0].chunks_exact(heads.q_width()).enumerate() {
+                    assert_eq!(out.iter().any(|x| x.is_nan()), row >= 21, "row {row} of {dtype}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn heads_that_mx_blocks_do_not_divide_are_refused() {
+    let backend = CpuBackend::new(1);
+    for dtype in [KvCacheDtype::Mxfp8, KvCacheDtype::Mxint8, KvCacheDtype::Mxfp4] {
+        let heads = Heads { q: 2, kv: 1, dim: 80 };
+        let error = backend.kv_block_bytes(heads, dtype).unwrap_err().to_string();
+        assert!(error.contains(&format!("{dtype} (kv_cache_dtype) with a head dimension of 80")), "{error}");
+        assert!(backend.alloc_kv(1, heads, dtype).is_err());
     }
 }
 

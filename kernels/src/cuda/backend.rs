@@ -233,7 +233,7 @@ impl Backend for CudaBackend {
                     *out = bf16::from_bits(bits).to_f32();
                 }
             }
-            Dtype::U32 => panic!("floats do not come from a U32 buffer"),
+            Dtype::U32 | Dtype::U8 => panic!("floats do not come from an integer buffer"),
         }
     }
 
