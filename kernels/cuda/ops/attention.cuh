@@ -18,7 +18,7 @@ struct AttentionArguments {
     const uint8_t* v_cache;
     /// [sequences + 1]
     const uint32_t* query_start;
-    /// [sequences]: tokens in the cache; 0 marks padding, whose output is 0.
+    /// [sequences]: tokens in the cache, at least 1.
     const uint32_t* context_lens;
     /// [sequences, max_blocks]
     const uint32_t* block_tables;

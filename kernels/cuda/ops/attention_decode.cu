@@ -57,7 +57,7 @@ struct DecodeSequence {
         first = from / BLOCK_TOKENS, end = (context + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         const int most = DECODE_WARPS * split.max_chunks;
         rounds = max(MIN_ROUNDS, (end - first + most - 1) / most);
-        chunks = next - row != 1 ? 0 : max(1, (end - first + rounds * DECODE_WARPS - 1) / (rounds * DECODE_WARPS));
+        chunks = next - row != 1 ? 0 : (end - first + rounds * DECODE_WARPS - 1) / (rounds * DECODE_WARPS);
     }
 
     __device__ __forceinline__ int work(int tiles) const { return tiles * chunks * rounds; }
@@ -243,7 +243,7 @@ struct DecodeAttention {
     }
 
     static __device__ __forceinline__ void finish(__nv_bfloat16* out, float4 o, Softmax total) {
-        const float inverse = total.sum == 0.0f ? 0.0f : 1.0f / total.sum;
+        const float inverse = 1.0f / total.sum;
         *reinterpret_cast<uint2*>(out) =
             make_uint2(pack_bf16(o.x * inverse, o.y * inverse), pack_bf16(o.z * inverse, o.w * inverse));
     }

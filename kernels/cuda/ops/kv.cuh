@@ -13,9 +13,6 @@ namespace ops {
 /// Tokens of one block.
 constexpr int BLOCK_TOKENS = 16;
 
-/// A row that has no place in the cache: padding of a captured batch.
-constexpr uint32_t NO_SLOT = 0xFFFFFFFFu;
-
 /// Dimensions of a group.
 template <int DIM>
 constexpr int GROUP_DIMS = DIM % 64 == 0 ? 64 : DIM;

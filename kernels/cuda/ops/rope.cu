@@ -96,7 +96,6 @@ __device__ __forceinline__ void rope_and_cache(const RopeArguments& a) {
         if (head >= a.q_heads) {
             const bool is_key = head < a.q_heads + a.kv_heads;
             const int kv_head = head - a.q_heads - (is_key ? 0 : a.kv_heads);
-            if (slot == NO_SLOT) continue;
             uint8_t* block = (is_key ? a.k_cache : a.v_cache) + block_offset<DIM>(slot / BLOCK_TOKENS, kv_head, a.kv_heads);
             const int token = slot % BLOCK_TOKENS;
             store_vector(reinterpret_cast<__nv_bfloat16*>(block + piece_offset<DIM>(token, member)), first);

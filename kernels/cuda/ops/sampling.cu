@@ -29,10 +29,14 @@ __device__ __forceinline__ double uniform(uint64_t seed, uint64_t draw) {
     return static_cast<double>(z >> 11) * 0x1p-53;
 }
 
+/// What the total of a set of tokens is; bits of a weight below which no threshold is of use.
 struct Count {
+    static constexpr uint32_t LOWEST = 1;
     static __device__ __forceinline__ uint64_t of(float) { return 1; }
 };
 struct Mass {
+    /// 2^-45: less is 0 as an integer.
+    static constexpr uint32_t LOWEST = (127 - 45) << 23;
     static __device__ __forceinline__ uint64_t of(float weight) { return fixed_point(weight); }
 };
 
@@ -42,7 +46,7 @@ constexpr int PROBES = 3;
 /// Tokens of a warp that are still between two thresholds, as soon as they are few.
 constexpr int MAX_LISTED = 256;
 /// Passes before looking for few: by then the thresholds are about as near as neighbouring exponents.
-constexpr int UNLISTED_PASSES = 3;
+constexpr int UNLISTED_PASSES = 2;
 
 struct Sampler {
     RowCluster<PROBES>& cluster;
@@ -116,7 +120,7 @@ struct Sampler {
     template <typename Measure>
     __device__ __forceinline__ void keep_until(uint64_t target) {
         // The largest threshold whose tokens reach the target, as bits of a positive float: bits order as values do.
-        uint32_t low = 1, high = __float_as_uint(1.0f) + 1;
+        uint32_t low = Measure::LOWEST, high = __float_as_uint(1.0f) + 1;
         uint64_t above = 0, reached = 0;
         int listed = -1;
         for (int pass = 0; high - low > 1; ++pass) {
@@ -151,7 +155,7 @@ struct Sampler {
             if (reached == target) break;  // every token from `low` on is needed
             if (pass >= UNLISTED_PASSES) listed = collect(low, high, listed);
         }
-        if (reached == 0) return;  // no threshold above the smallest float was enough
+        if (reached == 0) return;  // no threshold above the lowest was enough
         const float threshold = __uint_as_float(low);
         int last = INT32_MAX;
         if (reached != target) {

@@ -60,8 +60,7 @@ impl RopeOperator {
         }
     }
 
-    /// Norms (if asked) and rotates q and k, q in place; writes k and v to their slots. A slot of `u32::MAX` marks a row
-    /// that has none.
+    /// Norms (if asked) and rotates q and k, q in place; writes k and v to their slots.
     #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     pub(crate) fn rope_and_cache(
         &self,
