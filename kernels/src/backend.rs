@@ -229,6 +229,12 @@ pub trait Backend {
     /// What executes weights of `scheme` (`None`: dense) here.
     fn linear_kernel(&self, scheme: Option<Scheme>) -> LinearKernel;
 
+    /// Times so far that quantized activations of one token of one product had to be rounded a second time, to fit the
+    /// numbers that the device multiplies: too far apart for one power of two per token. Waits for the device.
+    fn rounded_tokens(&self) -> u32 {
+        0
+    }
+
     /// Bytes held, by component.
     fn memory(&self) -> &Arc<MemoryAccount>;
 

@@ -1,7 +1,8 @@
 // Warpgroup matrix multiply-accumulate of Hopper: D[64, N] += A[64, K] * B[N, K]^T with FP32 accumulators.
 //
-// A comes from registers: warp w of the warpgroup holds rows 16w .. 16w + 15 as an mma.sync A fragment. B is in shared
-// memory, K-major, rows of 128 bytes in the 128-byte swizzle. Thread `lane` of warp w holds of D, for j in 0 .. N / 8,
+// A comes from registers, where warp w of the warpgroup holds rows 16w .. 16w + 15 as an mma.sync A fragment, or from
+// shared memory as B does: K-major, rows of 128 bytes in the 128-byte swizzle. Registers take some 20 clock cycles per
+// instruction more. Thread `lane` of warp w holds of D, for j in 0 .. N / 8,
 //   d[4j + 0], d[4j + 1]: row 16w + lane / 4,     columns 8j + 2 * (lane % 4) and the next one
 //   d[4j + 2], d[4j + 3]: row 16w + lane / 4 + 8, the same columns.
 // Between `wgmma_fence` and `wgmma_wait` the registers of A and D belong to the tensor core.
@@ -76,8 +77,20 @@ struct Wgmma;
 MX_WGMMA(Operand::Bf16, "m64n64k16.f32.bf16.bf16", 64, 32, MX_R32, MX_D32(0), 32, 33, 34, 35, 36, 37, ", 0");
 MX_WGMMA(Operand::Bf16, "m64n128k16.f32.bf16.bf16", 128, 64, MX_R64, MX_D64, 64, 65, 66, 67, 68, 69, ", 0");
 MX_WGMMA(Operand::Bf16, "m64n256k16.f32.bf16.bf16", 256, 128, MX_R128, MX_D128, 128, 129, 130, 131, 132, 133, ", 0");
-MX_WGMMA(Operand::E4m3, "m64n64k32.f32.e4m3.e4m3", 64, 32, MX_R32, MX_D32(0), 32, 33, 34, 35, 36, 37, "");
-MX_WGMMA(Operand::E4m3, "m64n128k32.f32.e4m3.e4m3", 128, 64, MX_R64, MX_D64, 64, 65, 66, 67, 68, 69, "");
+
+/// As `Wgmma`, with A in shared memory.
+template <Operand OPERAND, int N>
+struct SharedWgmma;
+
+template <>
+struct SharedWgmma<Operand::E4m3, 128> {
+    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MX_R64 "}, %64, %65, p, 1, 1;\n}"
+                     : MX_D64
+                     : "l"(a), "l"(b), "r"(uint32_t(accumulate)));
+    }
+};
 
 #undef MX_WGMMA
 #undef MX_D128

@@ -23,9 +23,12 @@ use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
 use crate::graph::GraphKind;
 use crate::kv_cache_dtype::KvCacheDtype;
-use crate::mx::Scheme;
+use crate::mx::{Cast, Scheme};
 use crate::tile::{RowOrder, TileFormat, TileLayout};
 use crate::weight::{Weight, WeightData};
+
+/// Columns of weights come in multiples of this: rows of activations then start at multiples of 16 bytes.
+const COLUMNS_MULTIPLE: usize = 8;
 
 /// Bytes of results that come back through pinned memory.
 const READBACK_BYTES: usize = 16 * 1024;
@@ -55,7 +58,7 @@ struct State {
 
 impl CudaBackend {
     /// Opens device `ordinal`; see [`Device::Cuda`](crate::Device::Cuda).
-    pub(crate) fn open(ordinal: usize, _strict: bool) -> Result<Self> {
+    pub(crate) fn open(ordinal: usize, strict: bool) -> Result<Self> {
         let context = Arc::new(Context::open(ordinal)?);
         let state = State {
             uploader: Uploader::new(&context)?,
@@ -64,7 +67,7 @@ impl CudaBackend {
         };
         let memory = Arc::default();
         Ok(Self {
-            linear: LinearOperator::new(&context, &memory),
+            linear: LinearOperator::new(&context, &memory, strict)?,
             embed: EmbedOperator::new(&context),
             norm: NormOperator::new(&context),
             rope: RopeOperator::new(&context),
@@ -124,6 +127,10 @@ impl Backend for CudaBackend {
         self.linear.kernel(scheme)
     }
 
+    fn rounded_tokens(&self) -> u32 {
+        self.linear.rounded_tokens()
+    }
+
     fn memory(&self) -> &Arc<MemoryAccount> {
         &self.memory
     }
@@ -164,6 +171,19 @@ impl Backend for CudaBackend {
         assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
         let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
         let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
+        if !shape[1].is_multiple_of(COLUMNS_MULTIPLE) {
+            let what = format!("weights of {} columns; it has multiples of {COLUMNS_MULTIPLE}", shape[1]);
+            return Err(self.unsupported(what));
+        }
+        if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
+            let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());
+            if !whole_blocks || !LinearOperator::supports_activation(cast) {
+                let Cast { format, scale_rounding } = cast;
+                let what =
+                    format!("{} columns of activations in {format}, scales by {scale_rounding}", shape[1]);
+                return Err(self.unsupported(what));
+            }
+        }
         let layout = TileLayout { format, shape, order: RowOrder::Stacked };
         let weight = self.state.borrow_mut().uploader.upload(layout, parts, bias)?;
         let bytes = weight.bytes();

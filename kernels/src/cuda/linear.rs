@@ -1,28 +1,81 @@
-//! placeholder
+//! Which kernel multiplies.
+
+use std::sync::Arc;
+
 use super::context::Context;
+use super::gemm::{DecodeGemm, MxGrid, Prefill, Product};
+use super::ops::address;
 use super::weight::TiledWeight;
 use crate::backend::LinearKernel;
-use crate::buffer::{Buffer, MemoryAccount};
+use crate::buffer::{Buffer, Dtype, MemoryAccount};
+use crate::error::Result;
 use crate::mx::{Cast, Scheme};
-use std::sync::Arc;
-pub(crate) struct LinearOperator {}
+
+/// Most rows for which weights are streamed once for every few rows; more fill the tensor cores.
+const DECODE_ROWS: usize = 64;
+
+/// Products with weights.
+#[derive(Debug)]
+pub(crate) struct LinearOperator {
+    decode: DecodeGemm,
+    prefill: Prefill,
+}
+
 impl LinearOperator {
-    pub(crate) fn new(_: &Arc<Context>, _: &Arc<MemoryAccount>) -> Self {
-        Self {}
+    /// `strict` keeps quantized activations in BF16 where E4M3 would be faster.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn new(context: &Arc<Context>, memory: &Arc<MemoryAccount>, strict: bool) -> Result<Self> {
+        Ok(Self { decode: DecodeGemm::new(context), prefill: Prefill::new(context, memory, strict)? })
     }
+
+    /// What executes weights of `scheme`.
     pub(crate) fn kernel(&self, scheme: Option<Scheme>) -> LinearKernel {
-        LinearKernel { name: String::new(), executed: scheme }
+        let weight = scheme.map_or("bf16", |scheme| scheme.weight.format.element.spec().name);
+        let activation = scheme.and_then(|scheme| scheme.activation);
+        let activation = activation.map_or("bf16", |cast| cast.format.element.spec().name);
+        LinearKernel { name: format!("cuda_sm90_{weight}_{activation}"), executed: scheme }
     }
+
+    /// See [`Backend::rounded_tokens`](crate::Backend::rounded_tokens).
+    pub(crate) fn rounded_tokens(&self) -> u32 {
+        self.prefill.inexact_tokens()
+    }
+
+    /// Whether inputs can be quantized by `cast`.
+    pub(crate) fn supports_activation(cast: Cast) -> bool {
+        MxGrid::new(cast).is_some()
+    }
+
+    /// `out[m, column + n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`; see [`Backend`](crate::Backend::linear).
+    #[allow(clippy::too_many_arguments, reason = "what a product takes")]
     pub(crate) fn linear(
         &self,
-        _: &Buffer,
-        _: usize,
-        _: &TiledWeight,
-        _: Option<Cast>,
-        _: &mut Buffer,
-        _: usize,
-        _: usize,
+        x: &Buffer,
+        rows: usize,
+        weight: &TiledWeight,
+        activation: Option<Cast>,
+        out: &mut Buffer,
+        out_width: usize,
+        column: usize,
     ) {
-        panic!()
+        let [n, k] = weight.layout().shape;
+        assert!(column + n <= out_width, "{n} columns from {column} on in rows of {out_width}");
+        if rows == 0 {
+            return;
+        }
+        let x = address(x, Dtype::Bf16, rows * k);
+        let (out_dtype, out) = (out.dtype(), address(out, out.dtype(), rows * out_width));
+        let product = Product { x, rows, out, out_dtype, out_width, column };
+        // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
+        unsafe {
+            if rows > DECODE_ROWS {
+                self.prefill.linear(weight, activation, &product);
+            } else {
+                let x = activation.map_or(x, |cast| self.prefill.to_bf16(cast, x, [rows, k]));
+                self.decode.linear(weight, &Product { x, ..product });
+            }
+        }
     }
 }

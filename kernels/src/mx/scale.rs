@@ -115,6 +115,12 @@ impl SharedExponent {
         Self { emax: spec.emax, threshold }
     }
 
+    /// The fraction of the largest magnitude from which on the exponent is one higher.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn threshold(self) -> u32 {
+        self.threshold
+    }
+
     /// The scale of a block whose largest magnitude has the F32 bits `amax_bits` (finite). Zero gives byte 0.
     #[inline(always)]
     pub(crate) fn of(self, amax_bits: u32) -> E8m0 {

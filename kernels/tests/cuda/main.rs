@@ -7,6 +7,7 @@ mod common;
 mod decode;
 mod executor;
 mod ops;
+mod prefill;
 
 use kernels::{Backend, Device};
 

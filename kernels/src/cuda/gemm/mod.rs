@@ -1,8 +1,13 @@
 //! Products with tiled weights: launchers of `cuda/gemm`.
 
 mod decode;
+mod plan;
+mod prefill;
+mod quantize;
 
 pub(crate) use self::decode::DecodeGemm;
+pub(crate) use self::prefill::Prefill;
+pub(crate) use self::quantize::MxGrid;
 
 use super::DevicePtr;
 use crate::buffer::Dtype;

@@ -1,0 +1,348 @@
+//! Products of many rows with tiled weights: launcher of `cuda/gemm/prefill.cuh` and what goes before it.
+//!
+//! Weights multiply as BF16, which holds every value of every format, straight from their tiles. Where the activations
+//! are quantized too and both operands have E4M3's values, up to a power of two per row and per token, they multiply as
+//! E4M3 at twice the rate: the weights expanded into scratch, the activations quantized into it. For E2M1, E2M3 and E3M2
+//! that is exact: for weights because the spread of their rows' scales is known, for activations unless a token is
+//! counted in [`Prefill::inexact_tokens`]. E4M3 itself may lose some of the bits of the smallest elements.
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::Product;
+use super::plan::{BLOCK_ROWS, Operand, Plan, TOKENS};
+use super::quantize::{MOST_COLUMNS, MxGrid, Quantizer, is_within_e4m3};
+use crate::buffer::{Dtype, MemoryAccount};
+use crate::cuda::context::check;
+use crate::cuda::memory::Scratch;
+use crate::cuda::{Argument, Context, DeviceBuffer, DevicePtr, Function, Launch, TiledWeight};
+use crate::error::Result;
+use crate::mx::Cast;
+use crate::tile::{RowOrder, TILE_COLS, TILE_ROWS, TileFormat};
+
+/// Threads of the product's kernel: a warpgroup that copies and two that multiply.
+const THREADS: u32 = 384;
+/// Dynamic shared memory of the product's kernel.
+const SHARED_BYTES: u32 = 232_448;
+/// Bytes of a row of X in one box: the width of the swizzle.
+const BOX_ROW_BYTES: u32 = 128;
+/// Bytes of an expanded tile.
+pub(super) const EXPANDED_TILE_BYTES: usize = TILE_ROWS * TILE_COLS;
+const EXPAND_THREADS: u32 = 256;
+
+/// Why an activation format has a grid.
+const SUPPORTED: &str = "activation formats are checked when a weight is uploaded";
+
+macro_rules! packed_kernels {
+    ($($format:literal),*) => {
+        [$([
+            concat!("prefill_", $format, "_64"),
+            concat!("prefill_", $format, "_128"),
+            concat!("prefill_", $format, "_256"),
+        ]),*]
+    };
+}
+
+/// Kernels for packed weights, in the order of [`TileFormat::ALL`] and [`TOKENS`].
+const PACKED: [[&str; TOKENS.len()]; TileFormat::ALL.len()] =
+    packed_kernels!("e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8", "bf16");
+
+/// The kernel's parameter (`PrefillArgs` in `cuda/gemm/prefill.cuh`).
+#[repr(C)]
+struct Args {
+    x: sys::CUtensorMap,
+    tiles: DevicePtr,
+    row_factors: DevicePtr,
+    token_factors: DevicePtr,
+    bias: DevicePtr,
+    out: DevicePtr,
+    out_stride: u64,
+    factor: f32,
+    m: u32,
+    n: u32,
+    row_tiles: u32,
+    k_tiles: u32,
+    first_row_tile: u32,
+    paired_half: u32,
+    group: u32,
+    is_f32: u32,
+    aligned: u32,
+}
+
+// SAFETY: numbers and addresses in the order of the kernel's structure, and like it aligned to 64 bytes by the first.
+unsafe impl Argument for Args {}
+
+/// The kernels for many rows, and their scratch.
+#[derive(Debug)]
+pub(crate) struct Prefill {
+    context: Arc<Context>,
+    packed: Vec<[Function; TOKENS.len()]>,
+    expanded: Function,
+    expand: [(TileFormat, Function); 4],
+    quantizer: Quantizer,
+    activations: RefCell<Scratch>,
+    weights: RefCell<Scratch>,
+    /// U32: tokens that E4M3 had to round.
+    inexact: DeviceBuffer,
+    strict: bool,
+}
+
+impl Prefill {
+    /// `strict` keeps products of quantized activations in BF16, which is exact, where E4M3 would be faster.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn new(context: &Arc<Context>, account: &Arc<MemoryAccount>, strict: bool) -> Result<Self> {
+        let function = |name| context.function(name);
+        Ok(Self {
+            packed: PACKED.iter().map(|names| names.map(function)).collect(),
+            expanded: function("prefill_expanded_256"),
+            expand: [
+                (TileFormat::E2m1, function("expand_e2m1")),
+                (TileFormat::E2m3, function("expand_e2m3")),
+                (TileFormat::E3m2, function("expand_e3m2")),
+                (TileFormat::E4m3, function("expand_e4m3")),
+            ],
+            quantizer: Quantizer::new(context),
+            activations: RefCell::new(Scratch::new(context, account, "quantized activations")),
+            weights: RefCell::new(Scratch::new(context, account, "expanded weights")),
+            inexact: DeviceBuffer::zeroed(context, size_of::<u32>(), "a counter")?,
+            strict,
+            context: Arc::clone(context),
+        })
+    }
+
+    /// Tokens so far whose quantized activations E4M3 had to round, summed over layers. Waits for the device.
+    pub(crate) fn inexact_tokens(&self) -> u32 {
+        let mut bytes = [0; size_of::<u32>()];
+        self.inexact.read(0, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Computes `product`, of activations quantized by `activation`.
+    ///
+    /// # Safety
+    /// The addresses have the elements that `product` says, 16-byte aligned at `x`.
+    ///
+    /// # Panics
+    /// [`MxGrid`] has no `activation`; out of memory, the first time scratch is needed as large.
+    pub(crate) unsafe fn linear(&self, weight: &TiledWeight, activation: Option<Cast>, product: &Product) {
+        let layout = weight.layout();
+        let shape = [product.rows, layout.shape[1]];
+        let plan = Plan::new(
+            product.rows,
+            layout,
+            self.allows_e4m3(weight, activation),
+            self.context.properties().sm_count,
+        );
+        let Some(cast) = activation else {
+            // SAFETY: the caller's promise.
+            return unsafe { self.multiply_packed(weight, product.x, &plan, product) };
+        };
+        match plan.operand {
+            // SAFETY: the caller's promise.
+            Operand::Bf16 => unsafe {
+                let values = self.to_bf16(cast, product.x, shape);
+                self.multiply_packed(weight, values, &plan, product);
+            },
+            Operand::E4m3 => {
+                let grid = MxGrid::new(cast).expect(SUPPORTED);
+                let elements = product.rows * layout.shape[1];
+                let factors_at = elements.next_multiple_of(256);
+                let bytes = factors_at + product.rows * size_of::<f32>();
+                let values = self.activations.borrow_mut().reserve(bytes);
+                let factors = values + factors_at as u64;
+                // SAFETY: the scratch has this many elements; the rest is the caller's promise.
+                unsafe {
+                    let inexact = self.inexact.ptr();
+                    self.quantizer.to_e4m3(&self.context, &grid, product.x, shape, values, factors, inexact);
+                    self.multiply_expanded(weight, values, factors, &plan, product);
+                }
+            }
+        }
+    }
+
+    /// The MX values of `x`, BF16 `[rows, cols]`, as BF16 in scratch that the next call uses again.
+    ///
+    /// # Safety
+    /// `x` has that many elements, 16-byte aligned.
+    ///
+    /// # Panics
+    /// As [`Self::linear`].
+    pub(crate) unsafe fn to_bf16(&self, cast: Cast, x: DevicePtr, [rows, cols]: [usize; 2]) -> DevicePtr {
+        let grid = MxGrid::new(cast).expect(SUPPORTED);
+        let values = self.activations.borrow_mut().reserve(rows * cols * Dtype::Bf16.size_bytes());
+        // SAFETY: the scratch has this many elements; the rest is the caller's promise.
+        unsafe { self.quantizer.to_bf16(&self.context, &grid, x, [rows, cols], values) };
+        values
+    }
+
+    /// Whether E4M3 has the values of both operands, but for what the module's documentation says.
+    fn allows_e4m3(&self, weight: &TiledWeight, activation: Option<Cast>) -> bool {
+        let layout = weight.layout();
+        !self.strict
+            && layout.shape[1] <= MOST_COLUMNS
+            && activation.is_some_and(|cast| is_within_e4m3(cast.format.element))
+            && E4m3Weights::of(layout.format).is_some_and(|e4m3| weight.spread() <= e4m3.spread)
+    }
+
+    /// The product of BF16 `x` and all of `weight`.
+    unsafe fn multiply_packed(&self, weight: &TiledWeight, x: DevicePtr, plan: &Plan, product: &Product) {
+        let layout = weight.layout();
+        let format = TileFormat::ALL.iter().position(|format| *format == layout.format);
+        let function = &self.packed[format.expect("every format is in the table")][plan.tokens];
+        let shape = [product.rows, layout.shape[1]];
+        let x = tensor_map(x, Dtype::Bf16.size_bytes(), shape, plan.box_rows());
+        // SAFETY: the caller's promise; the kernel waits for its inputs.
+        unsafe { self.launch(function, &args(weight, product, x, plan), plan) };
+    }
+
+    /// The product of E4M3 `x` and `weight`, which is expanded chunk by chunk.
+    unsafe fn multiply_expanded(
+        &self,
+        weight: &TiledWeight,
+        x: DevicePtr,
+        token_factors: DevicePtr,
+        plan: &Plan,
+        product: &Product,
+    ) {
+        let layout = weight.layout();
+        let e4m3 = E4m3Weights::of(layout.format).expect("the plan is for formats within E4M3");
+        let (_, expand) = self.expand.iter().find(|(format, _)| *format == layout.format).expect("as above");
+        let expanded =
+            self.weights.borrow_mut().reserve(expanded_bytes(plan.chunk_row_tiles, layout.k_tiles()));
+        let factor = (e4m3.shift as f32).exp2();
+        let x = tensor_map(x, 1, [product.rows, layout.shape[1]], plan.box_rows());
+        let mut args = args(weight, product, x, plan);
+        (args.tiles, args.token_factors, args.factor) = (expanded, token_factors, 1.0 / factor);
+        for first in (0..layout.row_tiles()).step_by(plan.chunk_row_tiles) {
+            let row_tiles = plan.chunk_row_tiles.min(layout.row_tiles() - first);
+            (args.first_row_tile, args.row_tiles) = (first as u32, row_tiles as u32);
+            let tiles = weight.tiles() + (first * layout.row_tile_bytes()) as u64;
+            let warps = (row_tiles * layout.k_tiles()) as u32;
+            let blocks = warps.div_ceil(EXPAND_THREADS / 32).min(8 * self.context.properties().sm_count);
+            let launch = Launch::new(blocks, EXPAND_THREADS);
+            let arguments: [&dyn Argument; 5] = [&tiles, &args.row_tiles, &args.k_tiles, &factor, &expanded];
+            // SAFETY: the scratch has room for the chunk; the rest is the caller's promise. The kernels wait for their
+            // inputs, and for the chunk before to be multiplied.
+            unsafe {
+                self.context.launch(expand, &launch, &arguments);
+                self.launch(&self.expanded, &args, plan);
+            }
+        }
+    }
+
+    /// Launches a product's kernel.
+    ///
+    /// # Safety
+    /// The addresses in `args` have what the kernel expects there.
+    unsafe fn launch(&self, function: &Function, args: &Args, plan: &Plan) {
+        let blocks = self.context.properties().sm_count / plan.cluster() * plan.cluster();
+        let launch = Launch::new(blocks, THREADS).cluster(plan.cluster()).shared(SHARED_BYTES);
+        // SAFETY: the caller's promise.
+        unsafe { self.context.launch(function, &launch, &[args]) };
+    }
+}
+
+/// Bytes of expanded weights of `row_tiles` x `k_tiles` tiles: whole blocks of 128 rows and 128 columns.
+pub(super) fn expanded_bytes(row_tiles: usize, k_tiles: usize) -> usize {
+    row_tiles.next_multiple_of(BLOCK_ROWS / TILE_ROWS) * k_tiles.next_multiple_of(2) * EXPANDED_TILE_BYTES
+}
+
+/// How weights of a format become E4M3.
+#[derive(Debug, Clone, Copy)]
+struct E4m3Weights {
+    /// log2 of what tile values are multiplied with, so that the largest are at the top of E4M3.
+    shift: i32,
+    /// Most binades that a block may be below its row's largest.
+    spread: u8,
+}
+
+impl E4m3Weights {
+    /// `None` for formats with values that E4M3 has not.
+    ///
+    /// Exact within `spread`, but for E4M3 itself: there, elements that become subnormal round, by at most 2^-10 of their
+    /// block's largest.
+    fn of(format: TileFormat) -> Option<Self> {
+        match format {
+            TileFormat::E2m1 => Some(Self { shift: 6, spread: 14 }),
+            TileFormat::E2m3 => Some(Self { shift: 5, spread: 11 }),
+            TileFormat::E3m2 => Some(Self { shift: 4, spread: 9 }),
+            TileFormat::E4m3 => Some(Self { shift: 0, spread: 8 }),
+            TileFormat::E5m2 | TileFormat::Int8 | TileFormat::Bf16 => None,
+        }
+    }
+}
+
+/// What the kernel takes for all of `weight`.
+fn args(weight: &TiledWeight, product: &Product, x: sys::CUtensorMap, plan: &Plan) -> Args {
+    let layout = weight.layout();
+    let n = layout.shape[0];
+    assert!(product.column + n <= product.out_width, "the results fit in a row of the output");
+    let element = product.out_dtype.size_bytes();
+    let out = product.out + (product.column * element) as u64;
+    let half = match layout.order {
+        RowOrder::Stacked => 0,
+        RowOrder::Paired => n / 2,
+    };
+    Args {
+        x,
+        tiles: weight.tiles(),
+        row_factors: weight.factors(),
+        token_factors: 0,
+        bias: weight.bias(),
+        out,
+        out_stride: product.out_width as u64,
+        factor: 1.0,
+        m: product.rows as u32,
+        n: n as u32,
+        row_tiles: layout.row_tiles() as u32,
+        k_tiles: layout.k_tiles() as u32,
+        first_row_tile: 0,
+        paired_half: half as u32,
+        group: plan.group,
+        is_f32: u32::from(product.out_dtype == Dtype::F32),
+        aligned: u32::from(
+            out.is_multiple_of(16) && product.out_width.is_multiple_of(8) && half.is_multiple_of(8),
+        ),
+    }
+}
+
+/// Describes `x`, `[rows, cols]` of elements of `element_bytes`, in boxes of 128 bytes by `box_rows` rows. Encoding is
+/// arithmetic on the host: less than what a launch takes.
+fn tensor_map(
+    x: DevicePtr,
+    element_bytes: usize,
+    [rows, cols]: [usize; 2],
+    box_rows: u32,
+) -> sys::CUtensorMap {
+    let data_type = match element_bytes {
+        2 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let (sizes, strides) = ([cols as u64, rows as u64], [(cols * element_bytes) as u64]);
+    let (box_sizes, element_strides) = ([BOX_ROW_BYTES / element_bytes as u32, box_rows], [1, 1]);
+    // SAFETY: the arrays have one entry per dimension, strides one less; the address is not followed.
+    let result = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut map,
+            data_type,
+            sizes.len() as u32,
+            x as *mut c_void,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            box_sizes.as_ptr(),
+            element_strides.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    check(result, "describe a tensor");
+    map
+}

@@ -1,0 +1,131 @@
+//! Activation formats on the device: launcher of `cuda/gemm/quantize.cu`.
+
+use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
+use crate::mx::{Block, Cast, ElementType, ScaleRounding, SharedExponent, Specials};
+
+/// Threads of `quantize_to_bf16`.
+const BF16_THREADS: u32 = 256;
+
+/// Values of a thread at a time.
+const CHUNK: usize = 16;
+
+/// Chunks that a thread of `quantize_to_e4m3` holds, and most threads of a token.
+const HELD: usize = 4;
+const MOST_THREADS: usize = 1024;
+
+/// Longest rows of [`Quantizer::to_e4m3`].
+pub(super) const MOST_COLUMNS: usize = CHUNK * HELD * MOST_THREADS;
+
+/// An element type and its scale rule, as the kernels take them (`MxGrid` in `cuda/mx/quantize.cuh`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct MxGrid {
+    emax: i32,
+    scale_threshold: u32,
+    max: f32,
+    min_normal: u32,
+    to_magic: u32,
+    e4m3_shift: i32,
+}
+
+// SAFETY: plain numbers in the order of the kernel's structure.
+unsafe impl Argument for MxGrid {}
+
+impl MxGrid {
+    /// The grid of `cast`; `None` where the kernels cannot follow the definition: blocks that are not of 32, scales that
+    /// are searched for, and elements without mantissa bits, whose ties go by the exponent.
+    pub(crate) fn new(cast: Cast) -> Option<Self> {
+        let spec = cast.format.element.spec();
+        if cast.format.block != Block::OCP
+            || cast.scale_rounding == ScaleRounding::Mse
+            || spec.mantissa_bits == 0
+        {
+            return None;
+        }
+        let emin = if spec.is_integer() { 0 } else { spec.emin() };
+        let scale = SharedExponent::new(spec, cast.scale_rounding);
+        // 448 = 1.75 * 2^8 is the top of E4M3.
+        let fits = |shift: i32| spec.max * (shift as f32).exp2() <= 448.0;
+        let e4m3_shift = (-16..=16).rev().find(|&shift| fits(shift)).unwrap_or_default();
+        Some(Self {
+            emax: spec.emax,
+            scale_threshold: scale.threshold(),
+            max: spec.max,
+            min_normal: ((127 + emin) as u32) << 23,
+            to_magic: ((23 - spec.mantissa_bits) << 23) + (1 << 22),
+            e4m3_shift,
+        })
+    }
+}
+
+/// Whether every value of `element` is an E4M3 number times a power of two.
+pub(super) fn is_within_e4m3(element: ElementType) -> bool {
+    let (spec, e4m3) = (element.spec(), ElementType::E4m3.spec());
+    !spec.is_integer()
+        && spec.exponent_bits <= e4m3.exponent_bits
+        && spec.mantissa_bits <= e4m3.mantissa_bits
+        && spec.specials != Specials::Ieee
+}
+
+/// The kernels of `cuda/gemm/quantize.cu`.
+#[derive(Debug)]
+pub(crate) struct Quantizer {
+    to_bf16: Function,
+    to_e4m3: Function,
+    sm_count: u32,
+}
+
+impl Quantizer {
+    pub(crate) fn new(context: &Context) -> Self {
+        Self {
+            to_bf16: context.function("quantize_to_bf16"),
+            to_e4m3: context.function("quantize_to_e4m3"),
+            sm_count: context.properties().sm_count,
+        }
+    }
+
+    /// Writes the MX values of `x`, BF16 `[rows, cols]`, to `out` in BF16.
+    ///
+    /// # Safety
+    /// Both addresses have that many elements, 16-byte aligned.
+    pub(crate) unsafe fn to_bf16(
+        &self,
+        context: &Context,
+        grid: &MxGrid,
+        x: DevicePtr,
+        [rows, cols]: [usize; 2],
+        out: DevicePtr,
+    ) {
+        assert!(cols.is_multiple_of(Block::OCP.size()), "whole blocks in a row");
+        let chunks = u32::try_from(rows * cols / CHUNK).expect("activations of at most 2^36 elements");
+        let blocks = chunks.div_ceil(BF16_THREADS).min(8 * self.sm_count);
+        let launch = Launch::new(blocks, BF16_THREADS);
+        // SAFETY: the caller's promise; the kernel waits for its inputs.
+        unsafe { context.launch(&self.to_bf16, &launch, &[&x, grid, &chunks, &out]) };
+    }
+
+    /// Writes the MX values of `x`, BF16 `[rows, cols]`, to `out` in E4M3 in the order of weight tiles, with the factor
+    /// of each row in `factors`, F32 `[rows]`; adds to the U32 `inexact` the rows that E4M3 had to round.
+    ///
+    /// # Safety
+    /// The addresses have that many elements, 16-byte aligned.
+    #[allow(clippy::too_many_arguments, reason = "what the kernel takes")]
+    pub(super) unsafe fn to_e4m3(
+        &self,
+        context: &Context,
+        grid: &MxGrid,
+        x: DevicePtr,
+        [rows, cols]: [usize; 2],
+        out: DevicePtr,
+        factors: DevicePtr,
+        inexact: DevicePtr,
+    ) {
+        assert!(cols.is_multiple_of(Block::OCP.size()) && cols <= MOST_COLUMNS, "columns of a row");
+        let chunks = (cols / CHUNK) as u32;
+        // One chunk per thread while that fills no more than half of a block's threads.
+        let threads = chunks.clamp(32, MOST_THREADS as u32 / 2).max(chunks.div_ceil(HELD as u32));
+        let launch = Launch::new(rows as u32, threads.next_multiple_of(32));
+        // SAFETY: the caller's promise; the kernel waits for its inputs.
+        unsafe { context.launch(&self.to_e4m3, &launch, &[&x, grid, &chunks, &out, &factors, &inexact]) };
+    }
+}
