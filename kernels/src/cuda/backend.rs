@@ -27,9 +27,6 @@ use crate::mx::{Cast, Scheme};
 use crate::tile::{RowOrder, TileFormat, TileLayout};
 use crate::weight::{Weight, WeightData};
 
-/// Columns of weights come in multiples of this: rows of activations then start at multiples of 16 bytes.
-const COLUMNS_MULTIPLE: usize = 8;
-
 /// Bytes of results that come back through pinned memory.
 const READBACK_BYTES: usize = 16 * 1024;
 
@@ -171,10 +168,6 @@ impl Backend for CudaBackend {
         assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
         let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
         let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
-        if !shape[1].is_multiple_of(COLUMNS_MULTIPLE) {
-            let what = format!("weights of {} columns; it has multiples of {COLUMNS_MULTIPLE}", shape[1]);
-            return Err(self.unsupported(what));
-        }
         if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
             let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());
             if !whole_blocks || !LinearOperator::supports_activation(cast) {

@@ -14,6 +14,9 @@ use crate::mx::{Cast, Scheme};
 /// Most rows for which weights are streamed once for every few rows; more fill the tensor cores.
 const DECODE_ROWS: usize = 64;
 
+/// BF16 elements in 16 bytes, which copies to shared memory move at once.
+const ROW_ELEMENTS: usize = 8;
+
 /// Products with weights.
 #[derive(Debug)]
 pub(crate) struct LinearOperator {
@@ -62,6 +65,10 @@ impl LinearOperator {
     ) {
         let [n, k] = weight.layout().shape;
         assert!(column + n <= out_width, "{n} columns from {column} on in rows of {out_width}");
+        assert!(
+            k.is_multiple_of(ROW_ELEMENTS),
+            "rows of x start at multiples of 16 bytes, not of {k} elements"
+        );
         if rows == 0 {
             return;
         }

@@ -223,7 +223,9 @@ fn products_in_e4m3_are_those_of_the_declared_formats() {
             let rounds = element == ElementType::E4m3 || weight.format.element == ElementType::E4m3;
             let bound = if rounds { 1e-5 } else { 1e-6 };
             check(&what, &actual, [&quantized, &weight.values], &vec![0.0; n], k, &rows, bound);
-            assert!(element == ElementType::E4m3 || gpu.rounded_tokens() == before, "{what}: rounded");
+            // That E4M3's are counted shows that the product did run in E4M3.
+            let counted = gpu.rounded_tokens() > before;
+            assert!(counted == (element == ElementType::E4m3), "{what}: {counted}");
         }
     }
 }
