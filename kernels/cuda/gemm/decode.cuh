@@ -37,15 +37,15 @@ struct Shape {
     static constexpr int TILE_BYTES = tile::bytes(FORMAT);
     static constexpr int STAGE_BYTES = STAGE_TILES * TILE_BYTES;
     static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-    /// A token's 16 sums, padded such that a fragment is stored without bank conflicts.
-    static constexpr int SUM_STRIDE = 20;
-    /// Of the rings, then one per group of warps that finishes a row of tiles.
-    static constexpr int BARRIERS = RING_BYTES;
-    static constexpr int GROUPS = WARPS / SEGMENTS, GROUP_BARRIERS = BARRIERS + WARPS * STAGES * 8;
-    static constexpr int SUMS = (GROUP_BARRIERS + GROUPS * 8 + 15) / 16 * 16;
+    /// Barriers: of the rings; of x; two per group of warps that finishes a row of tiles.
+    static constexpr int BARRIERS = RING_BYTES, X_BARRIER = BARRIERS + WARPS * STAGES * 8;
+    static constexpr int GROUPS = WARPS / SEGMENTS, GROUP_BARRIERS = X_BARRIER + 8;
+    static constexpr int SUMS = (GROUP_BARRIERS + 2 * GROUPS * 8 + 15) / 16 * 16;
 
-    /// Sums of one warp. A fragment has two tokens per lane: M is rounded up to even.
-    __host__ __device__ static constexpr int sum_floats(int m) { return (m + 1) / 2 * 2 * SUM_STRIDE; }
+    /// Floats from one of a warp's 16 outputs to the next: M of them, rounded up to even as a lane has two tokens, and
+    /// padding, with which 16 outputs of a token lie in different banks.
+    __host__ __device__ static constexpr int sum_stride(int m) { return (m + 1) / 2 * 2 + 2; }
+    __host__ __device__ static constexpr int sum_floats(int m) { return tile::ROWS * sum_stride(m); }
     /// Sums of the round before are read while those of this round are computed: there are two buffers of them.
     __host__ __device__ static constexpr int sum_bytes(int m) { return WARPS * sum_floats(m) * 4; }
     __host__ __device__ static constexpr int x_offset(int m) { return SUMS + 2 * sum_bytes(m); }
@@ -66,21 +66,30 @@ __device__ __forceinline__ float tree_sum(const float* values, int stride) {
     }
 }
 
-/// Copies columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K are zeros.
-__device__ __forceinline__ void load_x(uint8_t* shared, const Params& p, int first_tile, int tiles, int stride) {
-    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS;
-    const __nv_bfloat16* row = p.x + first;
-    for (int m = 0; m < p.m; ++m, row += p.k, shared += stride) {
-        if (p.k % 8 == 0) {
-            for (int column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-                *reinterpret_cast<uint4*>(shared + column * 2) =
-                    first + column < p.k ? *reinterpret_cast<const uint4*>(row + column) : uint4{};
+/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K are zeros. All threads
+/// call this, and see x after waiting for `barrier` and then for each other.
+__device__ __forceinline__ void load_x(
+    uint8_t* shared, uint32_t barrier, const Params& p, int first_tile, int tiles, int stride) {
+    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS, present = min(columns, p.k - first);
+    const __nv_bfloat16* x = p.x + first;
+    if (p.k % 8 == 0) {
+        if (threadIdx.x == 0) ptx::barrier_arrive_expect(barrier, p.m * present * 2);
+        if (threadIdx.x < p.m) {
+            ptx::bulk_load(ptx::shared_address(shared) + threadIdx.x * stride, x + size_t(threadIdx.x) * p.k,
+                           present * 2, barrier, ptx::L2_EVICT_LAST);
+        }
+    } else {
+        // Rows are not aligned for copies of 16 bytes.
+        for (int m = 0; m < p.m; ++m) {
+            for (int column = threadIdx.x; column < present; column += blockDim.x) {
+                reinterpret_cast<__nv_bfloat16*>(shared + m * stride)[column] = x[size_t(m) * p.k + column];
             }
-        } else {
-            for (int column = threadIdx.x; column < columns; column += blockDim.x) {
-                *reinterpret_cast<__nv_bfloat16*>(shared + column * 2) =
-                    first + column < p.k ? row[column] : __float2bfloat16(0.0f);
-            }
+        }
+        if (threadIdx.x == 0) ptx::barrier_arrive(barrier);
+    }
+    for (int m = 0; m < p.m; ++m) {
+        for (int column = present + threadIdx.x; column < columns; column += blockDim.x) {
+            reinterpret_cast<__nv_bfloat16*>(shared + m * stride)[column] = __float2bfloat16(0.0f);
         }
     }
 }
@@ -118,12 +127,12 @@ __device__ __forceinline__ void multiply_tile(
 }
 
 /// Adds up the segments of one row of tiles and writes the results; by `32 * SEGMENTS` threads.
-template <int SEGMENTS, int SUM_STRIDE>
-__device__ __forceinline__ void finish(const Params& p, const float* sums, int sum_floats, int row_tile, int thread) {
+template <int SEGMENTS>
+__device__ __forceinline__ void finish(const Params& p, const float* sums, int sum_stride, int row_tile, int thread) {
     for (int i = thread; i < tile::ROWS * p.m; i += 32 * SEGMENTS) {
         const int token = i / tile::ROWS, row = i % tile::ROWS, n = row_tile * tile::ROWS + row;
         if (n >= p.n) continue;
-        const float sum = tree_sum<SEGMENTS>(sums + token * SUM_STRIDE + row, sum_floats);
+        const float sum = tree_sum<SEGMENTS>(sums + row * sum_stride + token, tile::ROWS * sum_stride);
         const float value = sum * p.factors[n] + (p.bias != nullptr ? p.bias[n] : 0.0f);
         const size_t at = size_t(token) * p.out_width + p.column + n;
         if (p.out_is_f32) {
@@ -151,9 +160,11 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t ring = base + warp * STAGES * S::STAGE_BYTES;
     const uint32_t barriers = base + S::BARRIERS + warp * STAGES * 8;
-    const uint32_t group_barrier = base + S::GROUP_BARRIERS + group * 8;
+    const uint32_t x_barrier = base + S::X_BARRIER, group_barriers = base + S::GROUP_BARRIERS + group * 16;
     if (lane < STAGES) ptx::barrier_init(barriers + lane * 8, 1);
-    if (warp % SEGMENTS == 0 && lane == 0) ptx::barrier_init(group_barrier, SEGMENTS);
+    if (threadIdx.x == 0) ptx::barrier_init(x_barrier, 1);
+    // In a cluster the bytes of the sums are counted; alone, the warps that have stored theirs.
+    if (warp % SEGMENTS == 0 && lane < 2) ptx::barrier_init(group_barriers + lane * 8, p.cluster > 1 ? 1 : SEGMENTS);
     ptx::barrier_init_fence();
     __syncwarp();
 
@@ -179,8 +190,10 @@ __device__ __forceinline__ void gemm(const Params& p) {
 
     const int x_tile = p.k_tiles * rank / p.cluster, x_tiles = p.k_tiles * (rank + 1) / p.cluster - x_tile;
     const int x_stride = S::x_stride(x_tiles);
+    __syncthreads();
     ptx::wait_for_dependencies();
-    load_x(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
+    load_x(shared + S::x_offset(p.m), x_barrier, p, x_tile, x_tiles, x_stride);
+    ptx::barrier_wait(x_barrier, 0);
     // From here on the CTAs of a cluster may write to each other's sums.
     if (p.cluster > 1) {
         ptx::cluster_sync();
@@ -197,28 +210,29 @@ __device__ __forceinline__ void gemm(const Params& p) {
     }
 
     // Where this warp's sums go: to the CTA and the group there that finish its row.
-    const int sum_floats = S::sum_floats(p.m);
-    const uint32_t slot = row_in_cluster % S::GROUPS * SEGMENTS + segment;
-    const uint32_t my_sums = ptx::remote_address(
-        base + S::SUMS + (slot * sum_floats + lane % 4 * 2 * S::SUM_STRIDE + lane / 4) * 4,
-        row_in_cluster / S::GROUPS);
+    const int sum_stride = S::sum_stride(p.m), sum_bytes = S::sum_bytes(p.m);
+    const int finisher = row_in_cluster / S::GROUPS, finishing_group = row_in_cluster % S::GROUPS;
+    const uint32_t my_sums = S::SUMS + (finishing_group * SEGMENTS + segment) * S::sum_floats(p.m) * 4 +
+                             (lane / 4 * sum_stride + lane % 4 * 2) * 4;
+    const uint32_t remote_sums = ptx::remote_address(base + my_sums, finisher);
+    const uint32_t remote_barriers =
+        ptx::remote_address(base + S::GROUP_BARRIERS + finishing_group * 16, finisher);
+    const uint32_t expected_bytes = SEGMENTS * tile::ROWS * ((p.m + 1) / 2 * 2) * 4;
+
     int finish_row = clusters * (rank * S::GROUPS + group) + cluster;
-    int stage = 0, round = 0;
-    uint32_t phase = 0;
-    auto finish_round = [&] {
-        __syncwarp();
-        if (p.cluster > 1) {
-            ptx::cluster_wait();
-        } else {
-            ptx::barrier_wait(group_barrier, (round - 1) % 2);
-        }
-        const uint8_t* sums = shared + S::SUMS + (round - 1) % 2 * S::sum_bytes(p.m) + group * SEGMENTS * sum_floats * 4;
+    // Adds up and writes the results of `round`.
+    auto finish_round = [&](int round) {
+        ptx::barrier_wait(group_barriers + round % 2 * 8, round / 2 % 2);
+        const uint8_t* sums =
+            shared + S::SUMS + round % 2 * sum_bytes + group * SEGMENTS * S::sum_floats(p.m) * 4;
         if (finish_row < p.row_tiles) {
-            finish<SEGMENTS, S::SUM_STRIDE>(p, reinterpret_cast<const float*>(sums), sum_floats, finish_row,
-                                            warp % SEGMENTS * 32 + lane);
+            finish<SEGMENTS>(p, reinterpret_cast<const float*>(sums), sum_stride, finish_row,
+                             warp % SEGMENTS * 32 + lane);
         }
         finish_row += row_step;
     };
+    int stage = 0, round = 0;
+    uint32_t phase = 0;
     for (int row = first_row; row - clusters * row_in_cluster < p.row_tiles; row += row_step) {
         float sums[M_TILE / 8][4] = {};
         if (row < p.row_tiles) {
@@ -244,27 +258,39 @@ __device__ __forceinline__ void gemm(const Params& p) {
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
-        // Sums of a round are read here, one round later, and overwritten by the next one's, after its wait.
-        if (round > 0) finish_round();
-        const uint32_t target = my_sums + round % 2 * S::sum_bytes(p.m);
+        // Results are finished a round later, when the sums of the slowest warp are likely there too. A buffer is
+        // written again when all warps have read it: in a cluster they say so, alone it follows from the sums of the
+        // round between having arrived.
+        if (p.cluster > 1 && round >= 2) ptx::cluster_wait();
+        if (round > 0) {
+            finish_round(round - 1);
+            __syncwarp();
+            if (p.cluster > 1) ptx::cluster_arrive_relaxed();
+        }
+        const uint32_t buffer = round % 2 * sum_bytes, barrier = round % 2 * 8;
+        if (p.cluster > 1 && warp % SEGMENTS == 0 && lane == 0) {
+            ptx::barrier_arrive_expect(group_barriers + barrier, expected_bytes);
+        }
 #pragma unroll
         for (int j = 0; j < M_TILE / 8; ++j) {
             if (8 * j + lane % 4 * 2 >= p.m) continue;
-            const uint32_t token = target + 8 * j * S::SUM_STRIDE * 4;
-            ptx::store_remote(token, sums[j][0]);
-            ptx::store_remote(token + S::SUM_STRIDE * 4, sums[j][1]);
-            ptx::store_remote(token + 32, sums[j][2]);
-            ptx::store_remote(token + S::SUM_STRIDE * 4 + 32, sums[j][3]);
+            const uint32_t at = buffer + 8 * j * 4;
+            if (p.cluster > 1) {
+                ptx::store_remote(remote_sums + at, sums[j][0], sums[j][1], remote_barriers + barrier);
+                ptx::store_remote(remote_sums + at + 8 * sum_stride * 4, sums[j][2], sums[j][3],
+                                  remote_barriers + barrier);
+            } else {
+                float2* pair = reinterpret_cast<float2*>(shared + my_sums + at);
+                pair[0] = make_float2(sums[j][0], sums[j][1]);
+                pair[4 * sum_stride] = make_float2(sums[j][2], sums[j][3]);
+            }
         }
         __syncwarp();
-        if (p.cluster > 1) {
-            ptx::cluster_arrive();
-        } else {
-            if (lane == 0) ptx::barrier_arrive(group_barrier);
-        }
+        if (p.cluster == 1 && lane == 0) ptx::barrier_arrive(group_barriers + barrier);
         ++round;
     }
-    finish_round();
+    if (p.cluster > 1 && round >= 2) ptx::cluster_wait();
+    finish_round(round - 1);
 }
 
 }  // namespace decode

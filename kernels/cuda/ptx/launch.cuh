@@ -37,11 +37,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
-/// Says that this thread has arrived at the cluster's barrier; its writes before are visible to who waits there.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+/// Says that this thread has arrived at the cluster's barrier. Orders no memory accesses.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 
 /// Waits until all threads of the cluster have arrived.
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 /// The address at which this thread reaches `shared` of CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t remote_address(uint32_t shared, uint32_t rank) {
@@ -50,9 +52,12 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t shared, uint32_t ran
     return remote;
 }
 
-/// Writes to another CTA's shared memory: `remote` is from `remote_address`.
-__device__ __forceinline__ void store_remote(uint32_t remote, float value) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+/// Writes two values to another CTA's shared memory and counts their 8 bytes at a barrier there: both addresses are from
+/// `remote_address`.
+__device__ __forceinline__ void store_remote(uint32_t remote, float a, float b, uint32_t remote_barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
+                 "f"(a), "f"(b), "r"(remote_barrier)
+                 : "memory");
 }
 
 /// Barrier among all threads of the cluster.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Product;
 use crate::buffer::Dtype;
 use crate::cuda::{Argument, Context, DevicePtr, Function, Launch, TiledWeight};
-use crate::tile::{RowOrder, TILE_COLS, TileFormat};
+use crate::tile::{RowOrder, TILE_COLS, TILE_ROWS, TileFormat};
 
 /// Warps of a CTA, as in the kernel.
 const WARPS: u32 = 16;
@@ -15,9 +15,6 @@ const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 
 /// Rows of x that a kernel computes at once: one kernel each.
 const M_TILES: [usize; 2] = [8, 16];
-
-/// Sums of 16 outputs with their padding, for one token, in bytes.
-const SUM_BYTES: usize = 20 * size_of::<f32>();
 
 macro_rules! kernels {
     ($($format:literal),*) => {
@@ -163,8 +160,8 @@ fn shared_bytes(format: TileFormat, rows: usize, k_tiles: usize, cluster: usize)
     let [stage_tiles, stages] = ring(format, rows);
     let warps = WARPS as usize;
     let ring = warps * stages * stage_tiles * format.tile_bytes();
-    let barriers = (warps * stages + 2) * 8;
-    let sums = 2 * warps * rows.next_multiple_of(2) * SUM_BYTES;
+    let barriers = (warps * stages + 1 + 2 * 2) * 8;
+    let sums = 2 * warps * TILE_ROWS * (rows.next_multiple_of(2) + 2) * size_of::<f32>();
     let x = rows * (k_tiles.div_ceil(cluster) * TILE_COLS * size_of::<u16>() + 16);
     (ring + barriers).next_multiple_of(16) + sums + x
 }
