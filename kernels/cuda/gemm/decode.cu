@@ -3,21 +3,22 @@
 
 #include "gemm/decode.cuh"
 
-#define DECODE(NAME, FORMAT, M_TILE, STAGE_TILES, STAGES)                                                  \
-    extern "C" __global__ void __launch_bounds__(512) decode_##NAME##_m##M_TILE(            \
-        const __grid_constant__ decode::Params p) {                                                        \
-        decode::gemm<tile::Format::FORMAT, M_TILE, 16, 8, STAGE_TILES, STAGES>(p); \
+#define DECODE(NAME, FORMAT, M_TILE, SEGMENTS, STAGE_TILES, STAGES)                                  \
+    extern "C" __global__ void __launch_bounds__(512) decode_##NAME##_m##M_TILE##_k##SEGMENTS(       \
+        const __grid_constant__ decode::Params p) {                                                  \
+        decode::gemm<tile::Format::FORMAT, M_TILE, 16, SEGMENTS, STAGE_TILES, STAGES>(p);            \
     }
 
 // Few rows leave room for a deep ring; with more of them x needs the space.
-#define DECODE_FORMAT(NAME, FORMAT, STAGE_TILES, STAGES, SMALL_STAGE_TILES, SMALL_STAGES) \
-    DECODE(NAME, FORMAT, 8, STAGE_TILES, STAGES)                                          \
-    DECODE(NAME, FORMAT, 16, SMALL_STAGE_TILES, SMALL_STAGES)
+#define DECODE_FORMAT(NAME, FORMAT, SEGMENTS, STAGE_TILES, STAGES, SMALL_STAGE_TILES, SMALL_STAGES) \
+    DECODE(NAME, FORMAT, 8, SEGMENTS, STAGE_TILES, STAGES)                                          \
+    DECODE(NAME, FORMAT, 16, SEGMENTS, SMALL_STAGE_TILES, SMALL_STAGES)
 
-DECODE_FORMAT(e2m1, E2m1, 4, 2, 2, 3)
-DECODE_FORMAT(e2m3, E2m3, 4, 2, 2, 2)
-DECODE_FORMAT(e3m2, E3m2, 4, 2, 2, 2)
-DECODE_FORMAT(e4m3, E4m3, 2, 2, 1, 3)
-DECODE_FORMAT(e5m2, E5m2, 2, 2, 1, 3)
-DECODE_FORMAT(int8, Int8, 2, 2, 1, 3)
-DECODE_FORMAT(bf16, Bf16, 1, 3, 1, 2)
+DECODE_FORMAT(e2m1, E2m1, 4, 4, 2, 2, 3)
+DECODE_FORMAT(e2m1, E2m1, 8, 4, 2, 2, 3)
+DECODE_FORMAT(e2m3, E2m3, 8, 4, 2, 2, 2)
+DECODE_FORMAT(e3m2, E3m2, 8, 4, 2, 2, 2)
+DECODE_FORMAT(e4m3, E4m3, 8, 2, 2, 1, 3)
+DECODE_FORMAT(e5m2, E5m2, 8, 2, 2, 1, 3)
+DECODE_FORMAT(int8, Int8, 8, 2, 2, 1, 3)
+DECODE_FORMAT(bf16, Bf16, 8, 1, 3, 1, 2)

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 
 #include "mx/tile.cuh"
+#include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/launch.cuh"
@@ -37,9 +38,9 @@ struct Shape {
     static constexpr int TILE_BYTES = tile::bytes(FORMAT);
     static constexpr int STAGE_BYTES = STAGE_TILES * TILE_BYTES;
     static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-    /// Barriers: of the rings; of x; two per group of warps that finishes a row of tiles.
-    static constexpr int BARRIERS = RING_BYTES, X_BARRIER = BARRIERS + WARPS * STAGES * 8;
-    static constexpr int GROUPS = WARPS / SEGMENTS, GROUP_BARRIERS = X_BARRIER + 8;
+    /// Barriers: of the rings; two per group of warps that finishes a row of tiles.
+    static constexpr int BARRIERS = RING_BYTES, GROUP_BARRIERS = BARRIERS + WARPS * STAGES * 8;
+    static constexpr int GROUPS = WARPS / SEGMENTS;
     static constexpr int SUMS = (GROUP_BARRIERS + 2 * GROUPS * 8 + 15) / 16 * 16;
 
     /// Floats from one of a warp's 16 outputs to the next: M of them, rounded up to even as a lane has two tokens, and
@@ -66,30 +67,28 @@ __device__ __forceinline__ float tree_sum(const float* values, int stride) {
     }
 }
 
-/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K are zeros. All threads
-/// call this, and see x after waiting for `barrier` and then for each other.
-__device__ __forceinline__ void load_x(
-    uint8_t* shared, uint32_t barrier, const Params& p, int first_tile, int tiles, int stride) {
-    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS, present = min(columns, p.k - first);
-    const __nv_bfloat16* x = p.x + first;
+/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K are zeros. The calling
+/// thread's part is there on return.
+__device__ __forceinline__ void load_x(uint8_t* shared, const Params& p, int first_tile, int tiles, int stride) {
+    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS;
+    const __nv_bfloat16* row = p.x + first;
     if (p.k % 8 == 0) {
-        if (threadIdx.x == 0) ptx::barrier_arrive_expect(barrier, p.m * present * 2);
-        if (threadIdx.x < p.m) {
-            ptx::bulk_load(ptx::shared_address(shared) + threadIdx.x * stride, x + size_t(threadIdx.x) * p.k,
-                           present * 2, barrier, ptx::L2_EVICT_LAST);
-        }
-    } else {
-        // Rows are not aligned for copies of 16 bytes.
-        for (int m = 0; m < p.m; ++m) {
-            for (int column = threadIdx.x; column < present; column += blockDim.x) {
-                reinterpret_cast<__nv_bfloat16*>(shared + m * stride)[column] = x[size_t(m) * p.k + column];
+        // All on their way at once. Bulk copies would queue behind those of the weights.
+        uint32_t target = ptx::shared_address(shared);
+        for (int m = 0; m < p.m; ++m, row += p.k, target += stride) {
+            for (int column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+                const bool present = first + column < p.k;
+                ptx::copy_async(target + column * 2, present ? row + column : p.x, present);
             }
         }
-        if (threadIdx.x == 0) ptx::barrier_arrive(barrier);
-    }
-    for (int m = 0; m < p.m; ++m) {
-        for (int column = present + threadIdx.x; column < columns; column += blockDim.x) {
-            reinterpret_cast<__nv_bfloat16*>(shared + m * stride)[column] = __float2bfloat16(0.0f);
+        ptx::copy_commit();
+        ptx::copy_wait<0>();
+    } else {
+        for (int m = 0; m < p.m; ++m, row += p.k, shared += stride) {
+            for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+                reinterpret_cast<__nv_bfloat16*>(shared)[column] =
+                    first + column < p.k ? row[column] : __float2bfloat16(0.0f);
+            }
         }
     }
 }
@@ -101,29 +100,31 @@ __device__ __forceinline__ void load_constant_matrices(uint32_t (&m)[4], uint32_
                  : "r"(row));
 }
 
-/// Multiplies one tile by the x of its columns: `x` are the lane's addresses of the rows that it loads.
+/// Multiplies one tile by the x of its columns: `x` are the lane's addresses of the rows that it loads. Each half of the
+/// tile along K has sums of its own, which are added in the end: two chains of dependent products overlap.
 template <tile::Format FORMAT, int M_TILE>
-__device__ __forceinline__ void multiply_tile(
-    float (&sums)[M_TILE / 8][4], const uint8_t* tile, int lane, const uint32_t (&x)[M_TILE / 8], int offset) {
+__device__ __forceinline__ void multiply_tile(float (&sums)[2][M_TILE / 8][4], const uint8_t* tile, int lane,
+                                              const uint32_t (&x)[M_TILE / 8], int offset) {
     tile::Lane<FORMAT> weights;
     weights.load(tile, lane);
-    uint32_t a[4], b[M_TILE / 8][4];
+    uint32_t a[4], b[2][M_TILE / 8][4];
 #pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) load_constant_matrices(b[j], x[j] + offset);
+    for (int j = 0; j < M_TILE / 8; ++j) {
+        load_constant_matrices(b[0][j], x[j] + offset);
+        load_constant_matrices(b[1][j], x[j] + offset + 64);
+    }
     weights.template fragment<0>(a);
 #pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[j], a, b[j][0], b[j][1]);
-    weights.template fragment<1>(a);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[j], a, b[j][2], b[j][3]);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) load_constant_matrices(b[j], x[j] + offset + 64);
+    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[0][j], a, b[0][j][0], b[0][j][1]);
     weights.template fragment<2>(a);
 #pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[j], a, b[j][0], b[j][1]);
+    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[1][j], a, b[1][j][0], b[1][j][1]);
+    weights.template fragment<1>(a);
+#pragma unroll
+    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[0][j], a, b[0][j][2], b[0][j][3]);
     weights.template fragment<3>(a);
 #pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[j], a, b[j][2], b[j][3]);
+    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[1][j], a, b[1][j][2], b[1][j][3]);
 }
 
 /// Adds up the segments of one row of tiles and writes the results; by `32 * SEGMENTS` threads.
@@ -160,9 +161,8 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t ring = base + warp * STAGES * S::STAGE_BYTES;
     const uint32_t barriers = base + S::BARRIERS + warp * STAGES * 8;
-    const uint32_t x_barrier = base + S::X_BARRIER, group_barriers = base + S::GROUP_BARRIERS + group * 16;
+    const uint32_t group_barriers = base + S::GROUP_BARRIERS + group * 16;
     if (lane < STAGES) ptx::barrier_init(barriers + lane * 8, 1);
-    if (threadIdx.x == 0) ptx::barrier_init(x_barrier, 1);
     // In a cluster the bytes of the sums are counted; alone, the warps that have stored theirs.
     if (warp % SEGMENTS == 0 && lane < 2) ptx::barrier_init(group_barriers + lane * 8, p.cluster > 1 ? 1 : SEGMENTS);
     ptx::barrier_init_fence();
@@ -190,10 +190,8 @@ __device__ __forceinline__ void gemm(const Params& p) {
 
     const int x_tile = p.k_tiles * rank / p.cluster, x_tiles = p.k_tiles * (rank + 1) / p.cluster - x_tile;
     const int x_stride = S::x_stride(x_tiles);
-    __syncthreads();
     ptx::wait_for_dependencies();
-    load_x(shared + S::x_offset(p.m), x_barrier, p, x_tile, x_tiles, x_stride);
-    ptx::barrier_wait(x_barrier, 0);
+    load_x(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
     // From here on the CTAs of a cluster may write to each other's sums.
     if (p.cluster > 1) {
         ptx::cluster_sync();
@@ -234,7 +232,7 @@ __device__ __forceinline__ void gemm(const Params& p) {
     int stage = 0, round = 0;
     uint32_t phase = 0;
     for (int row = first_row; row - clusters * row_in_cluster < p.row_tiles; row += row_step) {
-        float sums[M_TILE / 8][4] = {};
+        float sums[2][M_TILE / 8][4] = {};
         if (row < p.row_tiles) {
             uint32_t x[M_TILE / 8];
 #pragma unroll
@@ -275,14 +273,17 @@ __device__ __forceinline__ void gemm(const Params& p) {
         for (int j = 0; j < M_TILE / 8; ++j) {
             if (8 * j + lane % 4 * 2 >= p.m) continue;
             const uint32_t at = buffer + 8 * j * 4;
+            float sum[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] = sums[0][j][i] + sums[1][j][i];
             if (p.cluster > 1) {
-                ptx::store_remote(remote_sums + at, sums[j][0], sums[j][1], remote_barriers + barrier);
-                ptx::store_remote(remote_sums + at + 8 * sum_stride * 4, sums[j][2], sums[j][3],
+                ptx::store_remote(remote_sums + at, sum[0], sum[1], remote_barriers + barrier);
+                ptx::store_remote(remote_sums + at + 8 * sum_stride * 4, sum[2], sum[3],
                                   remote_barriers + barrier);
             } else {
                 float2* pair = reinterpret_cast<float2*>(shared + my_sums + at);
-                pair[0] = make_float2(sums[j][0], sums[j][1]);
-                pair[4 * sum_stride] = make_float2(sums[j][2], sums[j][3]);
+                pair[0] = make_float2(sum[0], sum[1]);
+                pair[4 * sum_stride] = make_float2(sum[2], sum[3]);
             }
         }
         __syncwarp();

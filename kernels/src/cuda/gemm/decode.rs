@@ -17,17 +17,24 @@ const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 const M_TILES: [usize; 2] = [8, 16];
 
 macro_rules! kernels {
-    ($($format:literal),*) => {
+    ($($format:literal $segments:literal),* $(,)?) => {
         [$([
-            concat!("decode_", $format, "_m8"),
-            concat!("decode_", $format, "_m16"),
+            concat!("decode_", $format, "_m8_k", $segments),
+            concat!("decode_", $format, "_m16_k", $segments),
         ]),*]
     };
 }
 
-/// Kernels, in the order of [`TileFormat::ALL`] and [`M_TILES`].
-const KERNELS: [[&str; M_TILES.len()]; TileFormat::ALL.len()] =
-    kernels!("e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8", "bf16");
+/// Kernels, in the order of [`TileFormat::ALL`] and [`M_TILES`]; the last for [`FEW_SEGMENTS`].
+const KERNELS: [[&str; M_TILES.len()]; TileFormat::ALL.len() + 1] =
+    kernels!("e2m1" 8, "e2m3" 8, "e3m2" 8, "e4m3" 8, "e5m2" 8, "int8" 8, "bf16" 8, "e2m1" 4);
+
+/// Parts that K is split into.
+const SEGMENTS: usize = 8;
+
+/// Parts of K of an FP4 weight of at least [`MANY_ROW_TILES`]: its tiles are read so fast that adding up parts shows.
+const FEW_SEGMENTS: usize = 4;
+const MANY_ROW_TILES: usize = 384;
 
 /// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
 const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
@@ -100,16 +107,23 @@ impl DecodeGemm {
         let layout = weight.layout();
         assert!(layout.order == RowOrder::Stacked, "rows in order");
         let [n, k] = layout.shape;
-        let [passes, cluster] = self.plan(layout.format, layout.k_tiles(), product.rows);
+        let few = layout.format == TileFormat::E2m1 && layout.row_tiles() >= MANY_ROW_TILES;
+        let (kernels, segments) = if few {
+            (&self.kernels[TileFormat::ALL.len()], FEW_SEGMENTS)
+        } else {
+            (&self.kernels[layout.format as usize], SEGMENTS)
+        };
+        let [passes, cluster] = self.plan(layout.format, segments, layout.k_tiles(), product.rows);
         let int = |value: usize| i32::try_from(value).expect("dimensions fit 31 bits");
-        // Each cluster takes two rows of tiles per CTA at a time.
         let clusters =
             self.clusters[cluster.ilog2() as usize].min(layout.row_tiles().div_ceil(cluster)).max(1);
+        // The first pass has the most rows; the others use its kernel, which is known to fit.
+        let most = product.rows.div_ceil(passes);
+        let tile = M_TILES.iter().position(|&tile| most <= tile).expect("a tile for every plan");
         let mut first = 0;
         for pass in 0..passes {
             let rows = (product.rows - first).div_ceil(passes - pass);
-            let tile = M_TILES.iter().position(|&tile| rows <= tile).expect("a tile for every pass");
-            let shared = shared_bytes(layout.format, rows, layout.k_tiles(), cluster);
+            let shared = shared_bytes(layout.format, segments, most, layout.k_tiles(), cluster);
             let launch = Launch::new((clusters * cluster) as u32, 32 * WARPS).cluster(cluster as u32);
             let params = Params {
                 tiles: weight.tiles(),
@@ -127,7 +141,7 @@ impl DecodeGemm {
                 column: int(product.column),
                 out_is_f32: i32::from(product.out_dtype == Dtype::F32),
             };
-            let kernel = &self.kernels[layout.format as usize][tile];
+            let kernel = &kernels[tile];
             // SAFETY: the caller's promise; the weight's addresses have what its layout says.
             unsafe { self.context.launch(kernel, &launch.shared(shared as u32), &[&params]) };
             first += rows;
@@ -135,10 +149,10 @@ impl DecodeGemm {
     }
 
     /// The number of launches, and of CTAs in a cluster, that take the least time for `rows` rows.
-    fn plan(&self, format: TileFormat, k_tiles: usize, rows: usize) -> [usize; 2] {
+    fn plan(&self, format: TileFormat, segments: usize, k_tiles: usize, rows: usize) -> [usize; 2] {
         let limit = self.context.properties().max_shared_bytes as usize;
         let most = M_TILES[M_TILES.len() - 1];
-        let fits = |rows, cluster| shared_bytes(format, rows, k_tiles, cluster) <= limit;
+        let fits = |rows, cluster| shared_bytes(format, segments, rows, k_tiles, cluster) <= limit;
         let plans = CLUSTERS
             .into_iter()
             .filter(|&cluster| self.clusters[cluster.ilog2() as usize] > 0)
@@ -156,11 +170,11 @@ impl DecodeGemm {
 }
 
 /// Dynamic shared memory of a kernel: ring, barriers, two buffers of sums, x (`Shape` in `decode.cuh`).
-fn shared_bytes(format: TileFormat, rows: usize, k_tiles: usize, cluster: usize) -> usize {
+fn shared_bytes(format: TileFormat, segments: usize, rows: usize, k_tiles: usize, cluster: usize) -> usize {
     let [stage_tiles, stages] = ring(format, rows);
     let warps = WARPS as usize;
     let ring = warps * stages * stage_tiles * format.tile_bytes();
-    let barriers = (warps * stages + 1 + 2 * 2) * 8;
+    let barriers = (warps * stages + 2 * warps / segments) * 8;
     let sums = 2 * warps * TILE_ROWS * (rows.next_multiple_of(2) + 2) * size_of::<f32>();
     let x = rows * (k_tiles.div_ceil(cluster) * TILE_COLS * size_of::<u16>() + 16);
     (ring + barriers).next_multiple_of(16) + sums + x
