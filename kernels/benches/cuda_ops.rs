@@ -28,6 +28,9 @@ const SAMPLES: usize = 9;
 const REPLAYS: usize = 10;
 const LAUNCHES: usize = 16;
 
+/// Measures the operators of one family.
+type Family = fn(&dyn Backend);
+
 fn main() {
     let device = Device::Cuda { ordinal: 0, strict: false };
     if let Err(error) = device.check() {
@@ -37,7 +40,7 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let gpu = open(device).expect("the device opens");
     println!("{}", gpu.description());
-    let families: [(&str, fn(&dyn Backend)); 4] =
+    let families: [(&str, Family); 4] =
         [("decode", decode), ("prefill", prefill), ("rows", rows), ("sample", sample)];
     for (name, family) in families {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
