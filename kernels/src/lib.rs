@@ -9,6 +9,7 @@ mod cpu;
 mod cuda;
 mod error;
 mod graph;
+mod isa;
 mod kv_cache_dtype;
 pub mod mx;
 pub mod reference;

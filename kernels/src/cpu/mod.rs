@@ -24,13 +24,13 @@ use self::packed::PackError;
 pub(crate) use self::packed::PackedWeight;
 use self::pool::{DisjointSlices, Pool};
 use self::sampling::Sampler;
-use self::simd::Isa;
 use crate::backend::{
     AttentionInputs, Backend, HeadNorm, Heads, LinearKernel, PagedKv, SampleParams, TokenLogprobs,
     WeightSource,
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
+use crate::isa::Isa;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::Scheme;
 use crate::weight::{Weight, WeightData};
@@ -60,7 +60,7 @@ struct State {
 impl CpuBackend {
     /// A backend with `threads` threads and the best instruction set of this processor.
     pub(crate) fn new(threads: usize) -> Self {
-        let isa = Isa::available()[0];
+        let isa = Isa::best();
         Self::with_isa(threads, isa, PairIsa::available(isa)[0])
     }
 

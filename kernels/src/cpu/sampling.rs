@@ -1,7 +1,8 @@
 //! Drawing tokens and log-probabilities from logits.
 
-use super::simd::{Isa, LANES, Lanes, dispatch};
+use super::simd::{LANES, Lanes, dispatch};
 use crate::backend::{SampleParams, TokenLogprobs};
+use crate::isa::Isa;
 
 /// Sum of e^(x - max) over the row: lanes in order, then as a tree.
 #[inline(always)]

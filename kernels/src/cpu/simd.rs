@@ -7,73 +7,16 @@
 /// Lanes of a [`Lanes`] value, and rows of a weight's row group.
 pub(crate) const LANES: usize = 16;
 
-/// Instruction sets with a [`Lanes`] implementation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isa {
-    /// As [`Avx512`](Self::Avx512), with VNNI and VBMI.
-    #[cfg(target_arch = "x86_64")]
-    Avx512Vnni,
-    /// AVX-512 F, BW, DQ, VL with F16C and FMA.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// AVX2 with F16C and FMA.
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    /// Plain Rust.
-    Portable,
-}
-
-impl Isa {
-    /// Instruction sets of this processor, best first; never empty.
-    pub(crate) fn available() -> Vec<Self> {
-        let mut found = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c")
-            {
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi") {
-                        found.push(Self::Avx512Vnni);
-                    }
-                    found.push(Self::Avx512);
-                }
-                found.push(Self::Avx2);
-            }
-        }
-        found.push(Self::Portable);
-        found
-    }
-
-    /// Name for people and metrics.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => "avx512vnni",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2",
-            Self::Portable => "portable",
-        }
-    }
-}
-
 /// Defines `fn name(isa, args..)` that calls the generic `body::<L>(args..)` compiled for that instruction set.
 macro_rules! dispatch {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $($body:tt)::+) => {
         $(#[$meta])*
         ///
         /// # Safety
-        /// `isa` came from [`Isa::available`](crate::cpu::simd::Isa::available); the generic function's own
+        /// `isa` [is available](crate::isa::Isa::is_available); the generic function's own
         /// conditions hold.
         #[allow(clippy::too_many_arguments, reason = "the generic function's arguments")]
-        $vis unsafe fn $name(isa: $crate::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis unsafe fn $name(isa: $crate::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments, reason = "the generic function's arguments")]
@@ -91,14 +34,17 @@ macro_rules! dispatch {
             match isa {
                 // SAFETY: the processor has these instructions, since `isa` is available.
                 #[cfg(target_arch = "x86_64")]
-                $crate::cpu::simd::Isa::Avx512Vnni | $crate::cpu::simd::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
+                $crate::isa::Isa::Avx512Vnni | $crate::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::cpu::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::isa::Isa::AvxVnni | $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above; Advanced SIMD is part of the target, there is nothing to enable.
+                #[cfg(target_arch = "aarch64")]
+                $crate::isa::Isa::NeonDot | $crate::isa::Isa::Neon => unsafe {
+                    $($body)::+::<$crate::cpu::simd::neon::Neon>($($arg),*)
+                },
                 // SAFETY: the caller's conditions.
-                $crate::cpu::simd::Isa::Portable => unsafe {
+                $crate::isa::Isa::Portable => unsafe {
                     $($body)::+::<$crate::cpu::simd::Portable>($($arg),*)
                 },
             }
@@ -351,8 +297,12 @@ impl Lanes for Portable {
 }
 
 pub(crate) mod dot;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
 pub(crate) mod pairs;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod x86_dot;
+mod x86_dot;

@@ -4,8 +4,8 @@ use std::iter::Sum;
 use std::ops::{Add, AddAssign};
 
 use super::block::{QuantizeBlock, QuantizeDequantize, QuantizeRows};
-use super::isa::Isa;
 use super::{Cast, E8m0};
+use crate::isa::Isa;
 
 /// How an element is rounded to its grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +130,7 @@ pub fn quantize_rows(
     assert!(n.is_multiple_of(format.block.size()), "{n} values are no whole number of blocks of {format}");
     assert_eq!(codes.len(), format.code_bytes(n), "bytes of codes for {n} values of {format}");
     assert_eq!(scales.len(), format.scale_bytes(n), "scales for {n} values of {format}");
-    Isa::detect().run(cast, QuantizeRows { rounding, values, first_index, codes, scales })
+    Isa::best().quantize(cast, QuantizeRows { rounding, values, first_index, codes, scales })
 }
 
 /// Quantizes `x` and decodes it again: the exact values a quantized activation row has, rounded to F32 once. A block
@@ -146,7 +146,7 @@ pub fn quantize_dequantize(cast: Cast, x: &[f32], out: &mut [f32]) {
         x.len()
     );
     assert_eq!(x.len(), out.len(), "one output per value");
-    Isa::detect().run(cast, QuantizeDequantize { x, out });
+    Isa::best().quantize(cast, QuantizeDequantize { x, out });
 }
 
 /// Quantizes one block to one code per byte (not packed), and returns its scale. A block with NaN or Inf gets the
@@ -158,5 +158,5 @@ pub fn quantize_block(cast: Cast, x: &[f32], codes: &mut [u8]) -> E8m0 {
     let block = cast.format.block.size();
     assert_eq!(x.len(), block, "one block of {}", cast.format);
     assert_eq!(codes.len(), block, "one code per value");
-    Isa::detect().run(cast, QuantizeBlock { x, codes })
+    Isa::best().quantize(cast, QuantizeBlock { x, codes })
 }

@@ -1,12 +1,12 @@
 //! The block loops, compiled for every instruction set, against the definitions in plain F64 arithmetic.
 
 use super::block::{QuantizeBlock, QuantizeDequantize, QuantizeRows};
-use super::isa::Isa;
 use super::random::Stream;
 use super::{
     Block, Cast, E8m0, ElementRounding, ElementType, Energy, MxFormat, NonFinite, ScaleRounding, Specials,
     Values,
 };
+use crate::isa::Isa;
 
 /// Blocks that together hold every F32 exponent with mantissas around every rounding boundary of every element, either
 /// sign, and random bits; finite.
@@ -113,7 +113,7 @@ fn quantize(isa: Isa, cast: Cast, rounding: ElementRounding, bytes: &[u8], n: us
     let mut scales = vec![0; cast.format.scale_bytes(n)];
     let values = Values::F32(bytes);
     let work = QuantizeRows { rounding, values, first_index: 0, codes: &mut codes, scales: &mut scales };
-    let energy = isa.run(cast, work);
+    let energy = isa.quantize(cast, work);
     Quantized { codes, scales, energy }
 }
 
@@ -123,10 +123,10 @@ fn blocks_are_quantized_as_defined() {
     for cast in casts() {
         let (size, spec) = (cast.format.block.size(), cast.format.element.spec());
         let mut out = vec![0.0; values.len()];
-        Isa::detect().run(cast, QuantizeDequantize { x: &values, out: &mut out });
+        Isa::best().quantize(cast, QuantizeDequantize { x: &values, out: &mut out });
         for (x, out) in values.chunks_exact(size).zip(out.chunks_exact(size)) {
             let mut codes = vec![0; size];
-            let scale = Isa::detect().run(cast, QuantizeBlock { x, codes: &mut codes });
+            let scale = Isa::best().quantize(cast, QuantizeBlock { x, codes: &mut codes });
             let defined = define(cast, x);
             let what = || format!("{} {} {x:?}", cast.format, cast.scale_rounding);
             assert!(
@@ -161,10 +161,10 @@ fn every_instruction_set_gives_the_same_bits() {
             }
         }
         let mut portable = vec![0.0; values.len()];
-        Isa::Portable.run(cast, QuantizeDequantize { x: &values, out: &mut portable });
+        Isa::Portable.quantize(cast, QuantizeDequantize { x: &values, out: &mut portable });
         for isa in available() {
             let mut out = vec![0.0; values.len()];
-            isa.run(cast, QuantizeDequantize { x: &values, out: &mut out });
+            isa.quantize(cast, QuantizeDequantize { x: &values, out: &mut out });
             let same = out.iter().zip(&portable).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{isa:?} {} {}", cast.format, cast.scale_rounding);
         }

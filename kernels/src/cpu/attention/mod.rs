@@ -32,9 +32,10 @@ use super::pool::{DisjointSlices, Pool};
 #[cfg(target_arch = "x86_64")]
 use super::simd::pairs::Avx512Pairs;
 use super::simd::pairs::{CacheLanes, F32Products, Products, WidenedPairs};
-use super::simd::{Isa, LANES, Lanes, dispatch};
+use super::simd::{LANES, Lanes, dispatch};
 use crate::backend::KV_BLOCK_TOKENS;
 use crate::buffer::MemoryAccount;
+use crate::isa::Isa;
 use crate::kv_cache_dtype::KvCacheDtype;
 
 const _: () = assert!(KV_BLOCK_TOKENS == LANES, "a block's tokens are one vector");
@@ -60,7 +61,7 @@ impl PairIsa {
     pub(crate) fn available(isa: Isa) -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        if !matches!(isa, Isa::Avx2 | Isa::Portable) && is_x86_feature_detected!("avx512bf16") {
+        if matches!(isa, Isa::Avx512Vnni | Isa::Avx512) && is_x86_feature_detected!("avx512bf16") {
             found.push(Self::Avx512Bf16);
         }
         found.push(Self::Widened(isa));

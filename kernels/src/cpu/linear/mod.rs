@@ -29,8 +29,9 @@ use self::image::{PLANE_WORDS, QuantizeTile, Quantizer, Rows};
 use super::memory::{Line, Scratch};
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};
-use super::simd::{Isa, LANES, Lanes};
+use super::simd::{LANES, Lanes};
 use crate::buffer::MemoryAccount;
+use crate::isa::Isa;
 use crate::mx::{Cast, quantize_dequantize};
 
 /// Elements below which a parallel region to quantize them is not worth it.

@@ -3,9 +3,12 @@
 //! As with [`Lanes`], kernels are written once over [`Dot`]. Integer sums are exact (they wrap, and end inside 32 bits),
 //! so that every instruction set gives the same bits however it multiplies.
 
+#[cfg(target_arch = "aarch64")]
+use super::neon_dot::NeonDot;
 #[cfg(target_arch = "x86_64")]
-use super::x86_dot::{Avx2Dot, Avx512Vnni};
-use super::{Isa, LANES, Lanes, Portable};
+use super::x86_dot::{Avx512Vnni, Dot256, Pairs, Vnni};
+use super::{LANES, Lanes, Portable};
+use crate::isa::Isa;
 
 /// Work that is written over [`Dot`].
 pub(crate) trait DotWork {
@@ -24,16 +27,22 @@ impl Isa {
     /// Does `work` on this instruction set.
     ///
     /// # Safety
-    /// `self` came from [`Isa::available`]; the work's own conditions hold.
+    /// `self` [is available](Isa::is_available); the work's own conditions hold.
     pub(crate) unsafe fn dot<W: DotWork>(self, work: W) -> W::Output {
         // SAFETY: the processor has the instructions, since `self` is available.
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx512Vnni => Avx512Vnni::outlined(work),
+                #[cfg(target_arch = "x86_64")]
+                Self::AvxVnni => Dot256::<Vnni>::outlined(work),
                 // AVX-512 has AVX2.
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512 | Self::Avx2 => Avx2Dot::outlined(work),
+                Self::Avx512 | Self::Avx2 => Dot256::<Pairs>::outlined(work),
+                #[cfg(target_arch = "aarch64")]
+                Self::NeonDot => NeonDot::<true>::outlined(work),
+                #[cfg(target_arch = "aarch64")]
+                Self::Neon => NeonDot::<false>::outlined(work),
                 Self::Portable => PortableDot::outlined(work),
             }
         }
@@ -198,5 +207,141 @@ impl Dot for PortableDot {
     unsafe fn store_bytes(self, p: *mut i8) {
         // SAFETY: the trait's contract.
         unsafe { p.cast::<[i8; LANES]>().write_unaligned(self.0.map(|v| v as i8)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What every method makes of some bytes, offsets taken away.
+    struct Everything<'a> {
+        words: &'a [[u8; 64]; 3],
+        x: &'a [i8; 64],
+    }
+
+    impl DotWork for Everything<'_> {
+        type Output = Vec<i32>;
+
+        #[inline(always)]
+        unsafe fn run<D: Dot>(self) -> Vec<i32> {
+            // Magnitudes to 60 in both halves, as E2M3 has them.
+            let signed: [i8; 64] =
+                std::array::from_fn(|c| (c % 32 * 60 / 31) as i8 * if c < 32 { 1 } else { -1 });
+            // To 64, as E3M0 has them.
+            let nibbles: [i8; 64] = std::array::from_fn(|c| [64, 1, 7, 0, -64, -1, -13, 32][c % 8]);
+            // SAFETY: the caller's conditions; arrays have what is read.
+            unsafe {
+                let table = D::table(&signed.map(|v| (i32::from(v) + D::CODE_OFFSET) as u8));
+                let nibbles = D::table(&nibbles.map(|v| (i32::from(v) + D::CODE_OFFSET) as u8));
+                let [a, b, bytes] = self.words.each_ref().map(|words| D::load(words.as_ptr()));
+                let x = D::load(self.x.as_ptr().cast());
+                let zero = D::splat(0);
+                let codes = [
+                    a.nibbles::<false>(nibbles),
+                    a.nibbles::<true>(nibbles),
+                    a.sextets::<false, 0>(b, table),
+                    a.sextets::<true, 1>(b, table),
+                    a.sextets::<false, 2>(b, table),
+                    a.sextets::<true, 3>(b, table),
+                ];
+                let mut out = Vec::new();
+                let sums =
+                    self.x.as_chunks::<4>().0.iter().map(|x| x.iter().map(|&x| i32::from(x)).sum::<i32>());
+                let sums: Vec<i32> = sums.collect();
+                for code in codes {
+                    let lanes = lanes::<D>(D::splat(-7).dot_codes(code, x));
+                    out.extend(lanes.iter().zip(&sums).map(|(lane, sum)| lane - D::CODE_OFFSET * sum));
+                }
+                let lanes_of = lanes::<D>(zero.dot_bytes(bytes.raised_bytes(), x));
+                out.extend(lanes_of.iter().zip(&sums).map(|(lane, sum)| lane - D::BYTE_OFFSET * sum));
+                let floats: [f32; 32] = std::array::from_fn(|i| (f32::from(self.x[i]) + 0.5) * 200.0);
+                let v = D::nearest(D::Float::load(floats.as_ptr()));
+                out.extend(lanes::<D>(v));
+                out.extend(lanes::<D>(v.upper_byte()));
+                out.push(v.sum(v.upper_byte()));
+                out.push(D::max_magnitude(floats.as_ptr()) as i32);
+                out.extend(D::binade(D::Float::load(floats.as_ptr())).to_array().map(|v| v.to_bits() as i32));
+                let mut low = [0_i8; LANES];
+                v.store_bytes(low.as_mut_ptr());
+                out.extend(low.map(i32::from));
+                out
+            }
+        }
+    }
+
+    /// The lanes, read as bytes: whatever their bits are as floats.
+    unsafe fn lanes<D: Dot>(v: D) -> [i32; LANES] {
+        // SAFETY: the caller's conditions; a store changes no bits.
+        unsafe { v.as_floats().to_array().map(|v| v.to_bits() as i32) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    mod evex {
+        use std::arch::x86_64::*;
+
+        use super::super::super::x86_dot::{Dot256, Multiply256};
+        use super::DotWork;
+
+        /// AVX-VNNI as AVX-512 encodes it, for processors that have only that.
+        #[derive(Clone, Copy)]
+        pub(super) struct EvexVnni;
+
+        impl Multiply256 for EvexVnni {
+            const BYTE_OFFSET: i32 = 128;
+            const ONE_DOT: bool = true;
+            const FLIP: i8 = i8::MIN;
+
+            #[inline(always)]
+            unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
+                #[target_feature(enable = "avx512vnni,avx512vl,avx2,fma,f16c")]
+                unsafe fn run<W: DotWork>(work: W) -> W::Output {
+                    // SAFETY: the caller's conditions.
+                    unsafe { work.run::<Dot256<EvexVnni>>() }
+                }
+                // SAFETY: the caller's conditions.
+                unsafe { run(work) }
+            }
+            #[inline(always)]
+            unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+                // SAFETY: the caller's conditions.
+                unsafe { _mm256_dpbusd_epi32(sum, w, x) }
+            }
+            #[inline(always)]
+            unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+                // SAFETY: the caller's conditions.
+                unsafe { _mm256_dpbusd_epi32(sum, w, x) }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_multiplies_as_plain_rust_does() {
+        let mut state = 1_u32;
+        let mut byte = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        for round in 0..200 {
+            let mut words: [[u8; 64]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| byte()));
+            let mut x: [i8; 64] = std::array::from_fn(|_| byte() as i8);
+            if round == 0 {
+                // Everything at the ends of its range, and of one sign.
+                words = [[0x88; 64], [0xFF; 64], [0x80; 64]];
+                x = [i8::MIN; 64];
+            }
+            let work = || Everything { words: &words, x: &x };
+            // SAFETY: plain Rust is always there.
+            let expected = unsafe { Isa::Portable.dot(work()) };
+            for isa in Isa::ALL.iter().copied().filter(|isa| isa.is_available()) {
+                // SAFETY: available.
+                assert_eq!(unsafe { isa.dot(work()) }, expected, "{isa:?}");
+            }
+            #[cfg(target_arch = "x86_64")]
+            if Isa::Avx512Vnni.is_available() {
+                // SAFETY: as above.
+                assert_eq!(unsafe { Dot256::<evex::EvexVnni>::outlined(work()) }, expected, "256-bit VNNI");
+            }
+        }
     }
 }

@@ -117,6 +117,8 @@ pub(crate) fn round_to_bf16(v: f32) -> u16 {
 }
 
 impl CacheLanes for super::Portable {}
+#[cfg(target_arch = "aarch64")]
+impl CacheLanes for super::neon::Neon {}
 
 /// How products of queries with keys, and of probabilities with values, are summed.
 ///

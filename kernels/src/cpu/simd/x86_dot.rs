@@ -2,6 +2,7 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the contract of `Dot` alone")]
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::dot::{Dot, DotWork};
 use super::x86::{Avx2, Avx512};
@@ -123,16 +124,49 @@ impl Dot for Avx512Vnni {
     }
 }
 
-/// Two 256-bit registers, lanes 0..8 and 8..16; AVX2.
-#[derive(Clone, Copy)]
-pub(crate) struct Avx2Dot(__m256i, __m256i);
+/// How bytes are multiplied in 256-bit registers.
+///
+/// # Safety
+/// Every method: the processor has the instructions.
+pub(crate) trait Multiply256: Copy {
+    /// As [`Dot::BYTE_OFFSET`].
+    const BYTE_OFFSET: i32;
+    /// As [`Dot::ONE_DOT`].
+    const ONE_DOT: bool;
+    /// What raises two's complement bytes by the offset, by exclusive or.
+    const FLIP: i8;
 
-impl Avx2Dot {
+    /// As [`Dot::outlined`].
+    unsafe fn outlined<W: DotWork>(work: W) -> W::Output;
+    /// As [`Dot::dot_codes`].
+    unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
+    /// As [`Dot::dot_bytes`].
+    unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
+}
+
+/// AVX2: products of 16-bit pairs.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs;
+
+impl Multiply256 for Pairs {
+    const BYTE_OFFSET: i32 = 0;
+    const ONE_DOT: bool = false;
+    const FLIP: i8 = 0;
+
+    #[inline(always)]
+    unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn run<W: DotWork>(work: W) -> W::Output {
+            unsafe { work.run::<Dot256<Pairs>>() }
+        }
+        unsafe { run(work) }
+    }
+
     /// `vpmaddubsw` adds two products in 16 bits, saturating. It cannot saturate here: a weight's byte is at most 128
     /// (64 raised by 64, E3M0's largest; the others stay below 125) and x at least -128, so a pair is within
     /// -2^15 ..= 2 * 128 * 127.
     #[inline(always)]
-    unsafe fn dot_small(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
         unsafe {
             let pairs = _mm256_maddubs_epi16(w, x);
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
@@ -141,13 +175,51 @@ impl Avx2Dot {
 
     /// Signed by signed bytes, in 16-bit halves: even bytes, then odd ones.
     #[inline(always)]
-    unsafe fn dot_signed(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
         unsafe {
             let (low_w, low_x) = (_mm256_slli_epi16::<8>(w), _mm256_slli_epi16::<8>(x));
             let evens = _mm256_madd_epi16(_mm256_srai_epi16::<8>(low_w), _mm256_srai_epi16::<8>(low_x));
             let odds = _mm256_madd_epi16(_mm256_srai_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
             _mm256_add_epi32(sum, _mm256_add_epi32(evens, odds))
         }
+    }
+}
+
+/// AVX-VNNI: `vpdpbusd`.
+#[derive(Clone, Copy)]
+pub(crate) struct Vnni;
+
+impl Multiply256 for Vnni {
+    const BYTE_OFFSET: i32 = 128;
+    const ONE_DOT: bool = true;
+    const FLIP: i8 = i8::MIN;
+
+    #[inline(always)]
+    unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
+        #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+        unsafe fn run<W: DotWork>(work: W) -> W::Output {
+            unsafe { work.run::<Dot256<Vnni>>() }
+        }
+        unsafe { run(work) }
+    }
+    #[inline(always)]
+    unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        unsafe { _mm256_dpbusd_avx_epi32(sum, w, x) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        unsafe { _mm256_dpbusd_avx_epi32(sum, w, x) }
+    }
+}
+
+/// Two 256-bit registers, lanes 0..8 and 8..16, multiplied by `M`.
+#[derive(Clone, Copy)]
+pub(crate) struct Dot256<M>(__m256i, __m256i, PhantomData<M>);
+
+impl<M> Dot256<M> {
+    #[inline(always)]
+    const fn new(a: __m256i, b: __m256i) -> Self {
+        Self(a, b, PhantomData)
     }
 
     #[inline(always)]
@@ -198,12 +270,12 @@ impl Avx2Dot {
     }
 }
 
-impl Dot for Avx2Dot {
+impl<M: Multiply256> Dot for Dot256<M> {
     type Float = Avx2;
     type Table = (__m256i, __m256i);
     const CODE_OFFSET: i32 = 64;
-    const BYTE_OFFSET: i32 = 0;
-    const ONE_DOT: bool = false;
+    const BYTE_OFFSET: i32 = M::BYTE_OFFSET;
+    const ONE_DOT: bool = M::ONE_DOT;
 
     #[inline(always)]
     unsafe fn prefetch<const FAR: bool>(p: *const u8) {
@@ -211,20 +283,16 @@ impl Dot for Avx2Dot {
     }
     #[inline(always)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn run<W: DotWork>(work: W) -> W::Output {
-            unsafe { work.run::<Avx2Dot>() }
-        }
-        unsafe { run(work) }
+        unsafe { M::outlined(work) }
     }
     #[inline(always)]
     unsafe fn splat(v: i32) -> Self {
         let v = unsafe { _mm256_set1_epi32(v) };
-        Self(v, v)
+        Self::new(v, v)
     }
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
-        unsafe { Self(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
+        unsafe { Self::new(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table {
@@ -245,7 +313,7 @@ impl Dot for Avx2Dot {
                 (self.0, self.1)
             };
             let mask = _mm256_set1_epi8(15);
-            Self(
+            Self::new(
                 _mm256_shuffle_epi8(table.0, _mm256_and_si256(a, mask)),
                 _mm256_shuffle_epi8(table.0, _mm256_and_si256(b, mask)),
             )
@@ -254,7 +322,7 @@ impl Dot for Avx2Dot {
     #[inline(always)]
     unsafe fn sextets<const HIGH: bool, const PAIR: u32>(self, upper: Self, table: Self::Table) -> Self {
         unsafe {
-            Self(
+            Self::new(
                 Self::sextet::<HIGH, PAIR>(self.0, upper.0, table),
                 Self::sextet::<HIGH, PAIR>(self.1, upper.1, table),
             )
@@ -262,15 +330,16 @@ impl Dot for Avx2Dot {
     }
     #[inline(always)]
     unsafe fn raised_bytes(self) -> Self {
-        self
+        let flip = unsafe { _mm256_set1_epi8(M::FLIP) };
+        unsafe { Self::new(_mm256_xor_si256(self.0, flip), _mm256_xor_si256(self.1, flip)) }
     }
     #[inline(always)]
     unsafe fn dot_codes(self, w: Self, x: Self) -> Self {
-        unsafe { Self(Self::dot_small(self.0, w.0, x.0), Self::dot_small(self.1, w.1, x.1)) }
+        unsafe { Self::new(M::dot_codes(self.0, w.0, x.0), M::dot_codes(self.1, w.1, x.1)) }
     }
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
-        unsafe { Self(Self::dot_signed(self.0, w.0, x.0), Self::dot_signed(self.1, w.1, x.1)) }
+        unsafe { Self::new(M::dot_bytes(self.0, w.0, x.0), M::dot_bytes(self.1, w.1, x.1)) }
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Avx2 {
@@ -278,7 +347,7 @@ impl Dot for Avx2Dot {
     }
     #[inline(always)]
     unsafe fn nearest(v: Avx2) -> Self {
-        unsafe { Self(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1)) }
+        unsafe { Self::new(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1)) }
     }
     #[inline(always)]
     unsafe fn binade(v: Avx2) -> Avx2 {
@@ -311,7 +380,7 @@ impl Dot for Avx2Dot {
     unsafe fn upper_byte(self) -> Self {
         unsafe {
             let half = _mm256_set1_epi32(128);
-            Self(
+            Self::new(
                 _mm256_srai_epi32::<8>(_mm256_add_epi32(self.0, half)),
                 _mm256_srai_epi32::<8>(_mm256_add_epi32(self.1, half)),
             )
