@@ -23,7 +23,7 @@ struct Params {
     const uint8_t* tiles;    // [row_tiles][k_tiles] of tile::bytes(FORMAT)
     const float* factors;    // [16 * row_tiles]
     const float* bias;       // [n] or null
-    const __nv_bfloat16* x;  // [m][k]
+    const __nv_bfloat16* x;  // [m][k], k a multiple of 8
     void* out;               // [m][out_width], BF16 or F32
     int m, n, k;
     int row_tiles, k_tiles;
@@ -67,30 +67,21 @@ __device__ __forceinline__ float tree_sum(const float* values, int stride) {
     }
 }
 
-/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K are zeros. The calling
-/// thread's part is there on return.
+/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K, a multiple of 8, are
+/// zeros. The calling thread's part is there on return.
 __device__ __forceinline__ void load_x(uint8_t* shared, const Params& p, int first_tile, int tiles, int stride) {
     const int first = first_tile * tile::COLS, columns = tiles * tile::COLS;
     const __nv_bfloat16* row = p.x + first;
-    if (p.k % 8 == 0) {
-        // All on their way at once. Bulk copies would queue behind those of the weights.
-        uint32_t target = ptx::shared_address(shared);
-        for (int m = 0; m < p.m; ++m, row += p.k, target += stride) {
-            for (int column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-                const bool present = first + column < p.k;
-                ptx::copy_async(target + column * 2, present ? row + column : p.x, present);
-            }
-        }
-        ptx::copy_commit();
-        ptx::copy_wait<0>();
-    } else {
-        for (int m = 0; m < p.m; ++m, row += p.k, shared += stride) {
-            for (int column = threadIdx.x; column < columns; column += blockDim.x) {
-                reinterpret_cast<__nv_bfloat16*>(shared)[column] =
-                    first + column < p.k ? row[column] : __float2bfloat16(0.0f);
-            }
+    uint32_t target = ptx::shared_address(shared);
+    // All on their way at once. Bulk copies would queue behind those of the weights.
+    for (int m = 0; m < p.m; ++m, row += p.k, target += stride) {
+        for (int column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
+            const bool present = first + column < p.k;
+            ptx::copy_async(target + column * 2, present ? row + column : p.x, present);
         }
     }
+    ptx::copy_commit();
+    ptx::copy_wait<0>();
 }
 
 /// As `ptx::load_matrices`, from memory that nobody writes any more: other accesses may move across it.

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::mx::{Cast, Scheme};
 
 /// Most rows for which weights are streamed once for every few rows; more fill the tensor cores.
-const DECODE_ROWS: usize = 64;
+const DECODE_ROWS: usize = 32;
 
 /// BF16 elements in 16 bytes, which copies to shared memory move at once.
 const ROW_ELEMENTS: usize = 8;

@@ -99,7 +99,7 @@ impl DecodeGemm {
     /// the other rows nor on their number.
     ///
     /// # Safety
-    /// The addresses have the elements that `product` says, 16-byte aligned at `x`.
+    /// The addresses have the elements that `product` says, 16-byte aligned at `x`; K is a multiple of 8.
     ///
     /// # Panics
     /// K is so large that not even one row fits in shared memory.
