@@ -128,7 +128,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step [default: 512 on the CPU, 8192 on a GPU]
+    /// Tokens computed in one step [default: 256 on the CPU, 8192 on a GPU]
     #[arg(long, env = "MXSERVE_MAX_NUM_BATCHED_TOKENS", value_name = "N", help_heading = "Scheduler")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_batched_tokens: Option<usize>,

@@ -84,7 +84,7 @@ struct OfflineFlags {
     #[arg(long, value_name = "DTYPE")]
     kv_cache_dtype: Option<KvCacheDtype>,
 
-    /// Tokens computed in one step [default: the device's, 512 on the CPU]
+    /// Tokens computed in one step [default: the device's, 256 on the CPU]
     #[arg(long, value_name = "N")]
     max_num_batched_tokens: Option<usize>,
 }

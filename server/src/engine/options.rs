@@ -34,7 +34,9 @@ impl Default for EngineOptions {
         Self {
             max_model_len: None,
             max_num_seqs: 64,
-            max_num_batched_tokens: 512,
+            // As fast as larger steps on a processor, whose caches hold the activations of this many tokens, and running
+            // sequences wait half as long for a prompt's step as with 512.
+            max_num_batched_tokens: 256,
             max_num_queued_reqs: 1024,
             kv_cache: KvCacheSize::Auto { at_most_bytes: 4 << 30 },
             kv_cache_dtype: KvCacheDtype::default(),
