@@ -38,9 +38,11 @@ const READ_BYTES_PER_SEC: f64 = 4.458e12;
 /// Bytes of weights that no cache holds.
 const UNCACHED_BYTES: usize = 256 << 20;
 
-/// Times that are taken, and replays between two looks at the clock.
+/// Times that are taken.
 const SAMPLES: usize = 9;
-const REPLAYS: usize = 20;
+
+/// Seconds of replays between two looks at the clock, so that waiting for the device is no part of the result.
+const SAMPLE_SECS: f64 = 0.005;
 
 fn main() {
     let gpu = Device::Cuda { ordinal: 0, strict: false };
@@ -96,14 +98,15 @@ fn time(backend: &dyn Backend, mut step: impl FnMut()) -> f64 {
     let wait = || backend.read_u32(&marker, 0, &mut [0]);
     step();
     let graph = backend.capture(&mut step);
-    let sample = || {
+    let sample = |replays: usize| {
         let start = Instant::now();
-        (0..REPLAYS).for_each(|_| backend.replay(&graph));
+        (0..replays).for_each(|_| backend.replay(&graph));
         wait();
-        start.elapsed().as_secs_f64() / REPLAYS as f64
+        start.elapsed().as_secs_f64() / replays as f64
     };
-    sample();
-    let mut secs: Vec<f64> = (0..SAMPLES).map(|_| sample()).collect();
+    sample(1);
+    let replays = (SAMPLE_SECS / sample(1)).ceil() as usize;
+    let mut secs: Vec<f64> = (0..SAMPLES).map(|_| sample(replays)).collect();
     secs.sort_by(f64::total_cmp);
     secs[SAMPLES / 2]
 }

@@ -11,7 +11,7 @@ use crate::buffer::{Buffer, Dtype, MemoryAccount};
 use crate::error::Result;
 use crate::mx::{Cast, Scheme};
 
-/// Most rows for which weights are streamed once for every few rows; more fill the tensor cores.
+/// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
 const DECODE_ROWS: usize = 32;
 
 /// BF16 elements in 16 bytes, which copies to shared memory move at once.

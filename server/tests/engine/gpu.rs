@@ -17,7 +17,7 @@ fn gpu(options: EngineOptions) -> Option<EngineHandle> {
     }
 }
 
-/// Requests whose prompts make one step together, so that none is cut: how a prompt is cut decides which kernels
+/// Requests whose prompts make one small step together, and none is cut: the rows of a step decide which kernels
 /// compute it.
 fn requests() -> Vec<GenerateRequest> {
     let requests = (0..14).map(|index| {
@@ -26,8 +26,8 @@ fn requests() -> Vec<GenerateRequest> {
             1 => Sampling { seed: index as u64, top_p: 0.9, ..Sampling::default() },
             _ => Sampling { seed: index as u64, repetition_penalty: 1.2, ..Sampling::default() },
         };
-        let mut request = GenerateRequest { sampling, ..request(1 + index % 7, 10 + 5 * index) };
-        request.prompt = text_tokens()[31 * index..][..1 + index % 7].to_vec();
+        let mut request = GenerateRequest { sampling, ..request(1 + index % 3, 10 + 5 * index) };
+        request.prompt = text_tokens()[31 * index..][..1 + index % 3].to_vec();
         request.logprobs = (index % 4 == 0).then_some(3);
         request
     });
