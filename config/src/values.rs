@@ -62,7 +62,7 @@ impl From<DeviceChoice> for String {
     }
 }
 
-/// Names of [`KvCacheDtype`]: its own, `auto` for the default, and vLLM's for the floats.
+/// Names of [`kernels::KvCacheDtype`]: its own, `auto` for the default, and vLLM's for the floats.
 pub(crate) mod kv_cache_dtype {
     use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
     use kernels::KvCacheDtype;

@@ -1,72 +1,37 @@
 // out[M, N] = X[M, K] * W[N, K]^T for many rows M: a persistent kernel of one CTA per SM, specialized by warpgroup.
 //
-// The product is computed as its transpose: weights are the 64-row register operand of wgmma, tokens its columns. So
-// weights stay packed until they are in the registers that multiply: they come as the tiles of 16 rows x 64 columns that
-// hold, lane by lane, the fragment of one warp, and no expanded copy of them exists in shared memory.
+// The product is computed as its transpose: weights are the 64-row operand of wgmma, which may be in registers, and tokens
+// its columns. So packed weights stay packed until they are in the registers that multiply: they come as the tiles of 16
+// rows x 64 columns that hold, lane by lane, the fragment of one warp. Weights expanded to E4M3 come as shared memory is
+// to hold them.
 //
-//   warpgroup 0      one warp fills the stages: a box of X by tensor map, and the weight tiles by bulk copies
+//   warpgroup 0      one thread of each warp fills the stages: boxes of X by tensor map, weights by bulk copies
 //   warpgroups 1, 2  64 rows of W each by TOKENS rows of X; accumulators stay in registers
 //
 // A CTA computes 128 x TOKENS results at a time. CTAs of a cluster work on neighbouring rows of W and the same tokens, and
 // each loads its part of X for all.
 #pragma once
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
+#include "gemm/prefill_store.cuh"
 #include "mx/tile.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/launch.cuh"
-#include "ptx/matrix.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace gemm {
 
 using ptx::Operand;
 
-/// Mirrored on the host: keep the order of the fields.
-struct PrefillArgs {
-    /// `[M, K]`, box of 128 bytes along K by TOKENS / CLUSTER rows, 128-byte swizzle, zero outside.
-    CUtensorMap x;
-    /// Weight tiles, `[row_tiles, k_tiles]`.
-    const uint8_t* tiles;
-    /// Factor of each row of W, in the order of tiles.
-    const float* row_factors;
-    /// Factor of each token, `[M]`; null for 1.
-    const float* token_factors;
-    /// `[N]` or null.
-    const float* bias;
-    /// First element of the result's first column.
-    void* out;
-    /// Elements from one row of `out` to the next.
-    uint64_t out_stride;
-    /// Factor of all results.
-    float factor;
-    uint32_t m, n, row_tiles, k_tiles;
-    /// Number of the first of `tiles` in W: a launch may compute some columns of the result only.
-    uint32_t first_row_tile;
-    /// 0 if tiles have the rows of W in order. Otherwise N / 2: rows g and g + 8 of tile i are rows 8i + g of either half.
-    uint32_t paired_half;
-    /// Blocks of tokens whose rows of X are to stay in L2 while W streams past them.
-    uint32_t group;
-    /// Whether `out` is F32, not BF16.
-    uint32_t is_f32;
-    /// Whether BF16 rows of `out` allow 16-byte stores.
-    uint32_t aligned;
-};
-
-constexpr int ROWS = 128, TILE_ROWS = tile::ROWS;
+constexpr int ROWS = 128;
 constexpr int THREADS = 384, CONSUMER_WARPS = 8;
 constexpr int ROW_TILES = ROWS / TILE_ROWS;
 constexpr int X_ROW_BYTES = 128;
-/// Tokens that a warpgroup stages at once on their way out, 64 results of two bytes each.
-constexpr int STAGED_TOKENS = 64, STAGING_BYTES = STAGED_TOKENS * 64 * 2;
 constexpr int SHARED_BYTES = 232448;
-/// Named barriers: one per warpgroup for its staging, and for its turn.
-constexpr uint32_t STAGING_BARRIER = 1, TURN_BARRIER = 3;
+/// Named barriers of the warpgroups' turns; those before are the epilogue's.
+constexpr uint32_t TURN_BARRIER = STAGING_BARRIER + 2;
 
 /// Sizes that follow from the weight tiles and the tokens per CTA.
 template <class Weights, int TOKENS>
@@ -254,7 +219,7 @@ struct Prefill {
             } else {
                 multiply(at, acc);
             }
-            store(acc, first_row(block), block.y * TOKENS);
+            store<TOKENS>(args, staging, acc, first_row(block), block.y * TOKENS);
         }
     }
 
@@ -343,112 +308,6 @@ struct Prefill {
                 for (int i = 0; i < PART / 2; ++i) acc[p * (PART / 2) + i] += sums[i];
             }
         }
-    }
-
-    /// Scales and writes a block. `acc` is as wgmma leaves it: see ptx/wgmma.cuh.
-    __device__ __forceinline__ void store(const float (&acc)[TOKENS / 2], uint32_t block_row, uint32_t block_token) const {
-        const uint32_t thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, warp = thread / 32, lane = thread % 32;
-        // Tiles count from the first of this launch, rows from the first of W.
-        const uint32_t group_tile = block_row / TILE_ROWS + group * 4;
-        if (group_tile >= args.row_tiles) return;
-        const uint32_t g = lane / 4, row = (args.first_row_tile + group_tile + warp) * TILE_ROWS + g;
-        float factor[2] = {0.0f, 0.0f}, bias[2] = {0.0f, 0.0f};
-        if (group_tile + warp < args.row_tiles) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const Columns columns = columns_of(group_tile + warp, h);
-                factor[h] = args.row_factors[row + 8 * h] * args.factor;
-                if (args.bias != nullptr && columns.first + g < columns.end) bias[h] = args.bias[columns.first + g];
-            }
-        }
-#pragma unroll
-        for (int first = 0; first < TOKENS; first += STAGED_TOKENS) {
-            const uint32_t chunk_token = block_token + first;
-            if (chunk_token >= args.m) break;
-            float2 by[STAGED_TOKENS / 8];
-#pragma unroll
-            for (int j = 0; j < STAGED_TOKENS / 8; ++j) {
-                const uint32_t token = chunk_token + 8 * j + lane % 4 * 2;
-                by[j] = make_float2(1.0f, 1.0f);
-                if (args.token_factors != nullptr) {
-                    if (token < args.m) by[j].x = args.token_factors[token];
-                    if (token + 1 < args.m) by[j].y = args.token_factors[token + 1];
-                }
-            }
-            const auto value = [&](int j, int h, int i) {
-                return acc[first / 2 + 4 * j + 2 * h + i] * factor[h] * (i == 0 ? by[j].x : by[j].y) + bias[h];
-            };
-            if (args.is_f32) {
-                // Eight lanes write 32 bytes of one token.
-                float* const out = static_cast<float*>(args.out);
-#pragma unroll
-                for (int e = 0; e < STAGED_TOKENS / 2; ++e) {
-                    const int j = e / 4, h = e / 2 % 2, i = e % 2;
-                    const uint32_t token = chunk_token + 8 * j + lane % 4 * 2 + i;
-                    const Columns columns = columns_of(group_tile + warp, h);
-                    if (token < args.m && columns.first + g < columns.end) {
-                        out[token * args.out_stride + columns.first + g] = value(j, h, i);
-                    }
-                }
-                continue;
-            }
-            // Through shared memory: the 64 results of a token are 128 bytes, whose eights are permuted by the token, so
-            // that neither way has bank conflicts.
-            const uint32_t mine = staging + group * STAGING_BYTES;
-            const auto place = [&](uint32_t token, uint32_t eight) { return mine + token * 128 + (eight ^ token % 8) * 16; };
-            ptx::named_barrier(STAGING_BARRIER + group, 128);
-#pragma unroll
-            for (int j = 0; j < STAGED_TOKENS / 8; j += 2) {
-                uint32_t m[4];
-#pragma unroll
-                for (int q = 0; q < 4; ++q) {
-                    const __nv_bfloat162 pair =
-                        __floats2bfloat162_rn(value(j + q / 2, q % 2, 0), value(j + q / 2, q % 2, 1));
-                    m[q] = reinterpret_cast<const uint32_t&>(pair);
-                }
-                ptx::store_matrices_transposed(place(8 * (j + lane / 16) + lane % 8, 2 * warp + lane / 8 % 2), m);
-            }
-            ptx::named_barrier(STAGING_BARRIER + group, 128);
-            // Eight lanes write the results of a token.
-            const uint32_t eight = thread % 8;
-            const Columns columns = columns_of(group_tile + eight / 2, eight % 2);
-            __nv_bfloat16* const out = static_cast<__nv_bfloat16*>(args.out) + columns.first;
-#pragma unroll
-            for (int pass = 0; pass < STAGED_TOKENS / 16; ++pass) {
-                const uint32_t local = pass * 16 + thread / 8, token = chunk_token + local;
-                uint4 results;
-                asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(results.x), "=r"(results.y), "=r"(results.z), "=r"(results.w)
-                             : "r"(place(local, eight))
-                             : "memory");
-                if (token >= args.m || columns.first >= columns.end) continue;
-                __nv_bfloat16* const to = out + token * args.out_stride;
-                if (args.aligned && columns.first + 8 <= columns.end) {
-                    *reinterpret_cast<uint4*>(to) = results;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const uint32_t word = i < 2 ? results.x : i < 4 ? results.y : i < 6 ? results.z : results.w;
-                        if (columns.first + i < columns.end) {
-                            reinterpret_cast<uint16_t*>(to)[i] = uint16_t(i % 2 == 0 ? word : word >> 16);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Columns of the result that eight rows of a tile are: as many of eight as are before `end`.
-    struct Columns {
-        uint32_t first, end;
-    };
-
-    /// Those of rows 8 * `h` and on of the launch's tile `row_tile`; none beyond the last tile.
-    __device__ __forceinline__ Columns columns_of(uint32_t row_tile, uint32_t h) const {
-        const uint32_t tile = args.first_row_tile + row_tile, half = args.paired_half;
-        if (row_tile >= args.row_tiles) return {0, 0};
-        if (half == 0) return {tile * TILE_ROWS + 8 * h, args.n};
-        return {tile * 8 + h * half, h == 0 ? half : args.n};
     }
 };
 

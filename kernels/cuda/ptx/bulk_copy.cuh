@@ -21,11 +21,6 @@ __device__ __forceinline__ void bulk_load(
                  : "memory");
 }
 
-/// Brings `bytes` (a multiple of 16) of global memory into L2.
-__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 /// Copies the box at column `x`, row `y` of a two-dimensional tensor map; what lies outside the tensor is zero.
 __device__ __forceinline__ void tensor_load(
     uint32_t shared, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t l2_hint) {
@@ -43,30 +38,6 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t shared, const CUt
         "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
         "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask), "l"(l2_hint)
         : "memory");
-}
-
-/// Writes the box in shared memory to column `x`, row `y` of the tensor; what lies outside is left out.
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, uint32_t shared) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),
-                 "r"(y), "r"(shared)
-                 : "memory");
-}
-
-/// Closes the group of this thread's stores so far.
-__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-/// Waits until the stores of all but the newest `PENDING` groups have read their shared memory.
-template <int PENDING>
-__device__ __forceinline__ void store_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
-
-/// Waits until all of this thread's stores are done.
-__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-/// Fetches the descriptor itself ahead of its first use.
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 }  // namespace ptx

@@ -14,8 +14,8 @@ use crate::mx::{Cast, Scheme};
 /// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
 const DECODE_ROWS: usize = 32;
 
-/// BF16 elements in 16 bytes, which copies to shared memory move at once.
-const ROW_ELEMENTS: usize = 8;
+/// BF16 elements in 16 bytes: where rows of x do not start at such, only the kernels for few rows can read them.
+const COPIED_ELEMENTS: usize = 8;
 
 /// Products with weights.
 #[derive(Debug)]
@@ -65,10 +65,6 @@ impl LinearOperator {
     ) {
         let [n, k] = weight.layout().shape;
         assert!(column + n <= out_width, "{n} columns from {column} on in rows of {out_width}");
-        assert!(
-            k.is_multiple_of(ROW_ELEMENTS),
-            "rows of x start at multiples of 16 bytes, not of {k} elements"
-        );
         if rows == 0 {
             return;
         }
@@ -77,7 +73,7 @@ impl LinearOperator {
         let product = Product { x, rows, out, out_dtype, out_width, column };
         // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
         unsafe {
-            if rows > DECODE_ROWS {
+            if rows > DECODE_ROWS && k.is_multiple_of(COPIED_ELEMENTS) {
                 self.prefill.linear(weight, activation, &product);
             } else {
                 let x = activation.map_or(x, |cast| self.prefill.to_bf16(cast, x, [rows, k]));
