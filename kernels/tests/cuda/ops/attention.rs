@@ -1,6 +1,6 @@
 //! RoPE, the cache, and attention over it.
 
-use kernels::{AttentionInputs, Backend, HeadNorm, Heads, KV_BLOCK_TOKENS, KvCacheDtype, PagedKv};
+use kernels::{AttentionInputs, Backend, Dtype, HeadNorm, Heads, KV_BLOCK_TOKENS, KvCacheDtype, PagedKv};
 
 use crate::common::{
     Devices, Random, activations, assert_close, assert_same, floats, integers, poisoned, read,
@@ -35,10 +35,10 @@ impl Sequences {
         Self { heads, window, tables, blocks, qkv }
     }
 
-    /// A cache full of NaN, as memory that held anything may be.
+    /// A cache full of NaN, as memory that held anything may be. The CPU's, whose bytes are its own, stays zero.
     fn cache(&self, backend: &dyn Backend) -> PagedKv {
         let mut cache = backend.alloc_kv(self.blocks, self.heads, KvCacheDtype::Bf16).expect("memory");
-        for buffer in [&mut cache.k, &mut cache.v] {
+        for buffer in [&mut cache.k, &mut cache.v].into_iter().filter(|b| b.dtype() == Dtype::Bf16) {
             let nan = vec![f32::NAN; buffer.len()];
             backend.write_f32(buffer, 0, &nan);
         }
@@ -72,11 +72,11 @@ impl Sequences {
         }
         let rows = positions.len();
         let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|i| 0.9_f32.powi(i as i32)).collect();
-        let mut rope = floats(backend, kernels::Dtype::F32, &vec![f32::NAN; rows * heads.dim]);
-        let inv_freq = floats(backend, kernels::Dtype::F32, &inv_freq);
+        let mut rope = floats(backend, Dtype::F32, &vec![f32::NAN; rows * heads.dim]);
+        let inv_freq = floats(backend, Dtype::F32, &inv_freq);
         backend.rope_table(&integers(backend, &positions), &inv_freq, 1.0, rows, &mut rope);
         let mut qkv = activations(backend, &qkv);
-        let weights = norm.map(|weights| floats(backend, kernels::Dtype::F32, weights));
+        let weights = norm.map(|weights| floats(backend, Dtype::F32, weights));
         let norm = weights.as_ref().map(|weights| HeadNorm { q: weights, k: weights, eps: 1e-6 });
         backend.rope_and_cache(&mut qkv, heads, &rope, norm, &integers(backend, &slots), rows, cache);
         let mut out = poisoned(backend, rows * heads.q_width());
