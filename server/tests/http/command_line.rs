@@ -81,7 +81,7 @@ fn what_cannot_work_is_one_line_that_names_it() {
         (&[MODEL, "--config", &missing_config], "none.toml"),
         (&["demo", MODEL], "own model"),
         (&[MODEL, "--threads", "1025"], "1024"),
-        (&[MODEL, "--device", "cuda"], "device"),
+        (&[MODEL, "--device", "cuda:64"], "cuda:64 is not available"),
         (&[MODEL, "--tensor-parallel-size", "2"], "tensor_parallel_size"),
         (&[MODEL, "--gpu-memory-utilization", "0.9"], "gpu_memory_utilization"),
         (&[MODEL, "--port", "0", "--max-model-len", "4096"], "max_model_len"),
