@@ -8,6 +8,7 @@
 
 mod convert;
 mod error;
+pub mod eval;
 mod files;
 mod finite;
 mod gguf;

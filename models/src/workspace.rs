@@ -67,6 +67,17 @@ impl Workspace {
         self.max_logit_rows
     }
 
+    /// `[rows, hidden_size]`: the final-normed hidden states of the last step, from which
+    /// [`Model::logits`](crate::Model::logits) starts.
+    pub fn hidden(&self) -> &Buffer {
+        &self.normed
+    }
+
+    /// As [`hidden`](Self::hidden), to bring back those of an earlier step.
+    pub fn hidden_mut(&mut self) -> &mut Buffer {
+        &mut self.normed
+    }
+
     /// F32 `[rows, vocab_size]`: the result of the last [`Model::logits`](crate::Model::logits).
     pub fn logits(&self) -> &Buffer {
         &self.logits

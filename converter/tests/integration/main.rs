@@ -6,4 +6,5 @@ mod command;
 mod common;
 mod gguf;
 mod inputs;
+mod perplexity;
 mod round_trip;
