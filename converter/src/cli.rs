@@ -1,11 +1,14 @@
 //! The command line: what was said ([`Cli`]), and what it means ([`Invocation`]).
 
+mod eval;
+
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use converter::eval::EvalOptions;
 use converter::plan::Recipe;
 use converter::{Options, default_output};
 use kernels::mx::{ElementRounding, ScaleRounding, Scheme};
@@ -37,6 +40,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Measures checkpoints side by side: perplexity of texts, distance from the unquantized one, tasks.
+    Eval(eval::EvalArgs),
 }
 
 #[derive(Debug, Args)]
@@ -139,6 +144,13 @@ pub(crate) enum Invocation {
         /// As JSON.
         json: bool,
     },
+    /// Measure checkpoints.
+    Eval {
+        /// What and how.
+        options: Box<EvalOptions>,
+        /// As JSON.
+        json: bool,
+    },
 }
 
 impl Cli {
@@ -162,8 +174,10 @@ impl Cli {
     }
 
     fn into_invocation(self) -> Invocation {
-        if let Some(Command::Inspect { dir, json }) = self.command {
-            return Invocation::Inspect { dir, json };
+        match self.command {
+            Some(Command::Inspect { dir, json }) => return Invocation::Inspect { dir, json },
+            Some(Command::Eval(args)) => return args.into_invocation(),
+            None => {}
         }
         let args = self.convert.expect("clap requires MODEL and --format without a subcommand");
         let (name, scheme) = args.format;

@@ -1,4 +1,4 @@
-//! `mxconvert`: packs a checkpoint into an MX format, or says what one holds.
+//! `mxconvert`: packs a checkpoint into an MX format, says what one holds, or how good it is.
 
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use converter::{ConsoleProgress, Report, convert, inspect};
+use converter::{ConsoleProgress, Report, convert, eval, inspect};
 
 use cli::{Cli, Invocation};
 
@@ -37,6 +37,16 @@ fn run(invocation: &Invocation) -> anyhow::Result<()> {
                 print(&serde_json::to_string_pretty(&inspection)?)
             } else {
                 print(&inspection.to_string())
+            }
+        }
+        Invocation::Eval { options, json } => {
+            // There is nobody to tell when standard error is closed.
+            let mut tell = |what: &str| drop(writeln!(std::io::stderr(), "{what}"));
+            let evaluation = eval::evaluate(options, &mut tell)?;
+            if *json {
+                print(&serde_json::to_string_pretty(&evaluation)?)
+            } else {
+                print(&evaluation.to_string())
             }
         }
         Invocation::Convert { options, report: report_file } => {

@@ -2,9 +2,23 @@
 
 use std::path::PathBuf;
 
+use models::ModelError;
+use models::checkpoint::CheckpointError;
+
 /// An evaluation that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
+    /// A checkpoint cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A model cannot be loaded.
+    #[error("{}: {error}", path.display())]
+    Model {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        error: Box<ModelError>,
+    },
     /// Out of memory, or a KV cache that the device does not have.
     #[error(transparent)]
     Device(#[from] kernels::Error),
@@ -35,6 +49,36 @@ pub enum EvalError {
         windows: usize,
         /// Tokens of a window.
         length: usize,
+    },
+    /// A line of a task is no question.
+    #[error("{}, line {line}: {reason}", path.display())]
+    Task {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A checkpoint cannot be compared with the first one.
+    #[error("{}: {reason}; compare it separately", path.display())]
+    Incomparable {
+        /// Its folder.
+        path: PathBuf,
+        /// How they differ.
+        reason: String,
+    },
+    /// A sequence is longer than the model's context.
+    #[error("{what} has {tokens} tokens; the context of {} is {limit}", path.display())]
+    Context {
+        /// A window, or a line of a file.
+        what: String,
+        /// Its tokens.
+        tokens: usize,
+        /// The model's folder.
+        path: PathBuf,
+        /// The longest context, in tokens.
+        limit: usize,
     },
 }
 

@@ -250,3 +250,61 @@ impl<'a> Runner<'a> {
         Step { first: 0, scored, rows }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use kernels::Device;
+    use models::checkpoint::Checkpoint;
+
+    use super::*;
+
+    /// The logits of every scored token, by sequence and position.
+    fn run(groups: &[Group<'_>]) -> Vec<(usize, usize, Vec<f32>)> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/rustdoc-6m");
+        let backend = kernels::open(Device::Cpu { threads: 2 }).unwrap();
+        let model = models::load(&*backend, &Checkpoint::open(Path::new(folder)).unwrap()).unwrap();
+        let mut runner = Runner::new(&*backend, &*model, KvCacheDtype::F32, groups).unwrap();
+        let (mut all, mut count) = (Vec::new(), 0);
+        runner.run(groups, &mut |chunk| {
+            assert_eq!(chunk.first, count);
+            count += chunk.scored.len();
+            for (scored, logits) in chunk.scored.iter().zip(chunk.logits.chunks(4096)) {
+                all.push((scored.sequence, scored.position, logits.to_vec()));
+            }
+        });
+        all
+    }
+
+    #[test]
+    fn a_shared_beginning_changes_nothing() {
+        let text: Vec<u32> = (0..700).map(|i| (i * 37 + i / 5) % 4096).collect();
+        let answer = |prompt: usize, own: u32, length: usize| -> Vec<u32> {
+            text[..prompt].iter().copied().chain((0..length as u32).map(|i| (own + i * i) % 4096)).collect()
+        };
+        // Beginnings of less than a block, of whole blocks, of blocks and a part; groups of more rows than a step.
+        let questions = [(5, 3), (16, 2), (17, 3), (100, 4), (300, 2), (33, 1)];
+        let sequences: Vec<Vec<Vec<u32>>> = (questions.iter())
+            .map(|&(prompt, answers)| {
+                (0..answers).map(|i| answer(prompt, 11 * i, 9 + 30 * i as usize)).collect()
+            })
+            .collect();
+        let group = |answers: &[usize], question: usize| Group {
+            sequences: answers.iter().map(|&i| sequences[question][i].as_slice()).collect(),
+            scored_from: questions[question].0,
+        };
+        let together: Vec<_> =
+            (0..6).map(|q| group(&(0..sequences[q].len()).collect::<Vec<_>>(), q)).collect();
+        assert_eq!(together.iter().map(Group::shared).collect::<Vec<_>>(), [0, 0, 16, 96, 288, 0]);
+        let alone: Vec<_> = (0..6)
+            .flat_map(|q| (0..sequences[q].len()).map(move |i| (q, i)))
+            .map(|(q, i)| group(&[i], q))
+            .collect();
+        let (together, alone) = (run(&together), run(&alone));
+        assert_eq!(together.len(), alone.len());
+        for (together, alone) in together.iter().zip(&alone) {
+            assert_eq!(together, alone);
+        }
+    }
+}

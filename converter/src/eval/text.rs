@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use super::EvalError;
@@ -36,6 +37,15 @@ impl TextTokenizer {
         tokenizer.with_truncation(None).map_err(wrong)?;
         tokenizer.with_padding(None);
         Ok(Self { path, tokenizer })
+    }
+
+    /// SHA-256 of `tokenizer.json` of a checkpoint folder: equal files make equal tokens.
+    ///
+    /// # Errors
+    /// It is missing.
+    pub fn digest(folder: &Path) -> Result<[u8; 32], EvalError> {
+        let path = folder.join(TOKENIZER_FILE);
+        Ok(Sha256::digest(std::fs::read(&path).map_err(EvalError::io(&path))?).into())
     }
 
     /// Token ids of `text`.

@@ -4,6 +4,7 @@
 
 mod command;
 mod common;
+mod eval;
 mod gguf;
 mod inputs;
 mod perplexity;

@@ -3,6 +3,7 @@
 //! Headers and `quantization_config` are parsed and checked when the folder is opened; tensors are read by position
 //! when asked for, so that a reader holds no more than it uses.
 
+mod activation;
 mod error;
 mod module_pattern;
 pub mod quantization;
@@ -17,6 +18,7 @@ use kernels::mx::Scheme;
 use safetensors::Dtype;
 use serde_json::Value;
 
+pub use activation::ActivationChoice;
 pub use error::CheckpointError;
 pub use module_pattern::{InvalidPattern, ModulePattern};
 pub use quantization::Quantization;
@@ -49,6 +51,7 @@ pub struct Checkpoint {
     shards: ShardSet,
     quantization: Quantization,
     recorded: RecordedSchemes,
+    activations: ActivationChoice,
 }
 
 impl Checkpoint {
@@ -66,7 +69,8 @@ impl Checkpoint {
         let shards = ShardSet::open(dir)?;
         let quantization = Quantization::read(dir, &config)?;
         let recorded = RecordedSchemes::read(dir)?;
-        Ok(Self { dir: dir.to_owned(), config, shards, quantization, recorded })
+        let activations = ActivationChoice::Declared;
+        Ok(Self { dir: dir.to_owned(), config, shards, quantization, recorded, activations })
     }
 
     /// The folder.
@@ -82,6 +86,11 @@ impl Checkpoint {
     /// What the checkpoint declares about its linear modules.
     pub fn quantization(&self) -> &Quantization {
         &self.quantization
+    }
+
+    /// From now on, quantized modules have this activation format.
+    pub fn set_activations(&mut self, activations: ActivationChoice) {
+        self.activations = activations;
     }
 
     /// Whether a tensor is there.
@@ -136,13 +145,17 @@ impl Checkpoint {
     }
 
     /// What is declared for the weight of `module` (`model.layers.0.mlp.down_proj`): its formats and scale rules,
-    /// or `None` for an unquantized weight.
+    /// or `None` for an unquantized weight. The activation format is the one
+    /// [chosen](Self::set_activations) instead, if any.
     ///
     /// # Errors
     /// `mx_conversion.json` contradicts `config.json`.
     pub fn scheme(&self, module: &str) -> Result<Option<Scheme>, CheckpointError> {
         match self.quantization.scheme(module) {
-            Some(declared) => self.recorded.refine(&self.dir, module, declared).map(Some),
+            Some(declared) => {
+                let scheme = self.recorded.refine(&self.dir, module, declared)?;
+                Ok(Some(Scheme { activation: self.activations.apply(scheme.activation), ..scheme }))
+            }
             None => Ok(None),
         }
     }
