@@ -13,4 +13,4 @@ mod values;
 pub use error::ConfigError;
 pub use server::ServerConfig;
 pub use settings::Settings;
-pub use values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel};
+pub use values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy};

@@ -10,7 +10,7 @@ use kernels::KvCacheDtype;
 
 use crate::error::ConfigError;
 use crate::settings::Settings;
-use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel};
+use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy};
 
 /// The server's configuration: checked once, then trusted.
 #[derive(Clone, PartialEq)]
@@ -51,6 +51,10 @@ pub struct ServerConfig {
     pub max_num_batched_tokens: Option<usize>,
     /// Sequences that may wait.
     pub max_num_queued_reqs: usize,
+    /// In which order requests are served.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Whether the beginnings of prompts are looked for in the KV cache of earlier requests.
+    pub enable_prefix_caching: bool,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
     /// Size of the KV cache; `None`: the device's default.
@@ -84,6 +88,8 @@ impl Default for ServerConfig {
             max_num_seqs: None,
             max_num_batched_tokens: None,
             max_num_queued_reqs: 1024,
+            scheduling_policy: SchedulingPolicy::default(),
+            enable_prefix_caching: true,
             kv_cache_dtype: KvCacheDtype::default(),
             kv_cache_memory_bytes: None,
             log_level: LogLevel::default(),
@@ -128,6 +134,11 @@ impl ServerConfig {
             max_num_batched_tokens: at_least_one("max_num_batched_tokens", said.max_num_batched_tokens)?,
             max_num_queued_reqs: at_least_one("max_num_queued_reqs", said.max_num_queued_reqs)?
                 .unwrap_or(d.max_num_queued_reqs),
+            scheduling_policy: said.scheduling_policy.unwrap_or(d.scheduling_policy),
+            enable_prefix_caching: match said.no_enable_prefix_caching {
+                Some(off) => !off,
+                None => said.enable_prefix_caching.unwrap_or(d.enable_prefix_caching),
+            },
             kv_cache_dtype: said.kv_cache_dtype.unwrap_or(d.kv_cache_dtype),
             kv_cache_memory_bytes: at_least_one("kv_cache_memory_bytes", said.kv_cache_memory_bytes)?,
             log_level: said.log_level.unwrap_or(d.log_level),
@@ -159,6 +170,9 @@ impl ServerConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            scheduling_policy: Some(self.scheduling_policy),
+            enable_prefix_caching: Some(self.enable_prefix_caching),
+            no_enable_prefix_caching: None,
             kv_cache_dtype: Some(self.kv_cache_dtype),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             log_level: Some(self.log_level),

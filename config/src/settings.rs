@@ -8,7 +8,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ConfigError;
-use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, kv_cache_dtype};
+use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy, kv_cache_dtype};
 
 /// Every knob, as far as it was set. Names are vLLM's where it has the same knob.
 #[derive(Clone, Default, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -138,6 +138,34 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<usize>,
 
+    /// Order of service: fcfs, or by the requests' priority, lower first [default: fcfs]
+    #[arg(long, env = "MXSERVE_SCHEDULING_POLICY", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scheduling_policy: Option<SchedulingPolicy>,
+
+    /// Look for the beginnings of prompts in the KV cache of earlier requests [default: true]
+    #[arg(
+        long,
+        env = "MXSERVE_ENABLE_PREFIX_CACHING",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Scheduler"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enable_prefix_caching: Option<bool>,
+
+    /// Compute every prompt from its first token
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        conflicts_with = "enable_prefix_caching",
+        help_heading = "Scheduler"
+    )]
+    #[serde(skip)]
+    pub no_enable_prefix_caching: Option<bool>,
+
     /// Element type of the KV cache; the MX types need heads of a multiple of 32 [default: auto, which is bf16]
     #[arg(
         long,
@@ -251,6 +279,9 @@ impl Settings {
             max_num_seqs,
             max_num_batched_tokens,
             max_num_queued_reqs,
+            scheduling_policy,
+            enable_prefix_caching,
+            no_enable_prefix_caching,
             kv_cache_dtype,
             kv_cache_memory_bytes,
             log_level,

@@ -122,6 +122,17 @@ pub enum GenerationConfig {
     Vllm,
 }
 
+/// In which order requests are served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    #[default]
+    Fcfs,
+    /// By their `priority`, lower first, and equal ones in order of arrival.
+    Priority,
+}
+
 /// The least important log lines that are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

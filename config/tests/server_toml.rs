@@ -8,10 +8,12 @@ use config::{ConfigError, DeviceChoice, ServerConfig, Settings};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/server.toml");
 
+/// Flags that say false to another key have none of their own.
 fn keys_of_code() -> BTreeSet<String> {
     Settings::augment_args(clap::Command::new("test"))
         .get_arguments()
         .map(|argument| argument.get_id().to_string())
+        .filter(|key| !key.starts_with("no_"))
         .collect()
 }
 
@@ -67,6 +69,28 @@ fn flags_win_over_the_file() {
     let resolved = ServerConfig::resolve(file, flags).unwrap();
     assert_eq!((resolved.port, resolved.max_num_seqs), (3, Some(2)));
     assert_eq!(resolved.max_num_queued_reqs, ServerConfig::default().max_num_queued_reqs);
+}
+
+#[test]
+fn prefix_caching_is_switched_as_vllm_does() {
+    use clap::FromArgMatches;
+    let parse = |flags: &[&str]| {
+        let command = Settings::augment_args(clap::Command::new("test"));
+        let matches = command.try_get_matches_from(std::iter::once(&"test").chain(flags));
+        matches.map(|matches| Settings::from_arg_matches(&matches).unwrap())
+    };
+    let off = Settings { enable_prefix_caching: Some(false), ..Settings::default() };
+    for (file, flags, expected) in [
+        (Settings::default(), &[][..], true),
+        (Settings::default(), &["--no-enable-prefix-caching"], false),
+        (Settings::default(), &["--enable-prefix-caching=false"], false),
+        (off.clone(), &[], false),
+        (off, &["--enable-prefix-caching"], true),
+    ] {
+        let resolved = ServerConfig::resolve(file, parse(flags).unwrap()).unwrap();
+        assert_eq!(resolved.enable_prefix_caching, expected, "{flags:?}");
+    }
+    assert!(parse(&["--enable-prefix-caching", "--no-enable-prefix-caching"]).is_err());
 }
 
 #[test]

@@ -58,6 +58,8 @@ pub(crate) fn engine_options(config: &ServerConfig, device: Device) -> Result<En
         max_num_queued_reqs: config.max_num_queued_reqs,
         kv_cache,
         kv_cache_dtype: config.kv_cache_dtype,
+        scheduling_policy: config.scheduling_policy,
+        prefix_caching: config.enable_prefix_caching,
     })
 }
 

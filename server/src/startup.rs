@@ -130,6 +130,7 @@ mod tests {
             max_num_seqs: 8,
             kv_blocks: 100,
             kv_cache_dtype: KvCacheDtype::Mxfp8,
+            scheduling_policy: config::SchedulingPolicy::Fcfs,
             attention_kernel: "cpu_mxfp8".to_owned(),
             backend: "cpu".to_owned(),
             linears: vec![linear("q_proj+k_proj+v_proj", Some("w4a6")), linear("lm_head", None)],

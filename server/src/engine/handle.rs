@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use config::SchedulingPolicy;
 use kernels::Backend;
 use models::Model;
 use tokio::sync::Notify;
@@ -249,10 +250,10 @@ fn build(
     commands: Receiver<Command>,
 ) -> Result<(Engine, EngineInfo), EngineError> {
     let (runner, sizes) = ModelRunner::new(backend, model, &options)?;
-    let info = runner.info(sizes, options.kv_cache_dtype);
+    let info = runner.info(sizes, &options);
     status.stats.kv_blocks_total.store(sizes.kv_blocks, Ordering::Relaxed);
     let engine = Engine {
-        scheduler: Scheduler::new(sizes.limits, sizes.kv_blocks),
+        scheduler: Scheduler::new(sizes.limits, options.features(), sizes.kv_blocks),
         runner,
         clients: std::collections::BTreeMap::new(),
         observer,
@@ -269,7 +270,7 @@ fn build(
 
 /// Holds a request to the contract that the engine's thread relies on.
 fn check(request: &GenerateRequest, info: &EngineInfo) -> Result<(), SubmitError> {
-    let GenerateRequest { id, prompt, sampling, stop, .. } = request;
+    let GenerateRequest { id, prompt, sampling, stop, scheduling, .. } = request;
     let invalid = |what: &str| Err(SubmitError::Invalid(format!("request {id}: {what}")));
     if prompt.is_empty() {
         return invalid("the prompt is empty");
@@ -287,6 +288,9 @@ fn check(request: &GenerateRequest, info: &EngineInfo) -> Result<(), SubmitError
     }
     if sampling.temperature.is_nan() || sampling.temperature < 0.0 {
         return invalid("the temperature is negative or NaN");
+    }
+    if scheduling.priority != 0 && info.scheduling_policy != SchedulingPolicy::Priority {
+        return invalid("it has a priority, and requests are served in order of arrival");
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ mod decode_graphs;
 mod handle;
 mod offline;
 mod options;
+mod prefix_cache;
 mod request;
 mod runner;
 mod sampler;
@@ -27,13 +28,15 @@ use tokio::sync::mpsc::UnboundedSender;
 pub use handle::{EngineHandle, Loaded};
 pub use offline::{OfflineBatch, OfflineSizes};
 pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
-pub use request::{FinishReason, GenerateRequest, Sampling, StopConditions, SubmitError, TokenEvent, Usage};
+pub use request::{
+    FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent, Usage,
+};
 pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};
 
 use handle::{Command, Status, Submission};
 use runner::{ModelRunner, StepOutput};
 use scheduler::{Batch, Scheduler, Update};
-use sequence::{Sequence, SequenceId};
+use sequence::{PromptDone, Sequence, SequenceId};
 use stats::Clock;
 
 /// The engine's own side: everything that lives on its thread.
@@ -150,7 +153,10 @@ impl Engine {
                 tracing::debug!(request = client.request_id, "preempted: the KV cache is full");
             }
         }
-        self.status.stats.preemptions.fetch_add(self.batch.preempted.len() as u64, Relaxed);
+        let stats = &self.status.stats;
+        stats.preemptions.fetch_add(self.batch.preempted.len() as u64, Relaxed);
+        stats.prefix_cache_queries.fetch_add(self.batch.prefix_queries as u64, Relaxed);
+        stats.prefix_cache_hits.fetch_add(self.batch.prefix_hits as u64, Relaxed);
     }
 
     /// Makes the state after a step visible. Before its events: who hears of a sequence's end finds its blocks free.
@@ -176,8 +182,8 @@ impl Engine {
             let logprobs = update.token.and_then(|_| drawn.next()).and_then(|drawn| drawn.logprobs);
             let Some(client) = self.clients.get_mut(&update.id) else { continue };
             // A send fails only when the client went away; the next step drops the sequence.
-            if let Some(logprobs) = update.prompt.and_then(|prompt| prompt.logprobs) {
-                let _ = client.events.send(TokenEvent::Prompt(logprobs));
+            if let Some(PromptDone { tokens: _, cached_tokens, logprobs }) = update.prompt {
+                let _ = client.events.send(TokenEvent::Prompt { cached_tokens, logprobs });
             }
             if let Some(id) = update.token {
                 client.clock.token(now, self.observer.as_mut());

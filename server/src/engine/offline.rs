@@ -9,7 +9,7 @@ use models::Model;
 use super::block_manager::{BlockManager, blocks_for};
 use super::handle::Loaded;
 use super::options::{EngineError, EngineOptions, KvCacheSize};
-use super::request::{GenerateRequest, Sampling, StopConditions};
+use super::request::{GenerateRequest, Sampling, Scheduling, StopConditions};
 use super::runner::{ModelRunner, StepOutput};
 use super::scheduler::{Batch, BatchItem};
 use super::sequence::{Sequence, SequenceId};
@@ -93,6 +93,7 @@ impl OfflineBatch {
                 prompt: prompt.clone(),
                 sampling: Sampling { temperature: 0.0, ..Sampling::default() },
                 stop: StopConditions { max_tokens: usize::MAX, ..StopConditions::default() },
+                scheduling: Scheduling::default(),
                 logprobs: None,
                 prompt_logprobs: None,
             };

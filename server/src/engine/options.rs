@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use config::SchedulingPolicy;
 use kernels::{Backend, DeviceMemory, KV_BLOCK_TOKENS, KvCacheDtype, MemoryAccount};
 use models::{KvCache, LinearInfo, Model};
 
 use super::block_manager::blocks_for;
-use super::scheduler::Limits;
+use super::scheduler::{Features, Limits};
 
 /// Tokens per sequence that an automatically sized KV cache makes room for. Most conversations are shorter; with
 /// longer ones fewer run at a time.
@@ -27,6 +28,10 @@ pub struct EngineOptions {
     pub kv_cache: KvCacheSize,
     /// How it is stored.
     pub kv_cache_dtype: KvCacheDtype,
+    /// Whose turn it is.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Find the beginnings of prompts in the KV cache of earlier requests.
+    pub prefix_caching: bool,
 }
 
 impl Default for EngineOptions {
@@ -40,6 +45,8 @@ impl Default for EngineOptions {
             max_num_queued_reqs: 1024,
             kv_cache: KvCacheSize::Auto { at_most_bytes: 4 << 30 },
             kv_cache_dtype: KvCacheDtype::default(),
+            scheduling_policy: SchedulingPolicy::default(),
+            prefix_caching: true,
         }
     }
 }
@@ -153,6 +160,11 @@ impl EngineOptions {
         Ok(Limits { max_num_seqs: self.max_num_seqs, max_num_batched_tokens: self.max_num_batched_tokens })
     }
 
+    /// What the scheduler may do.
+    pub(super) fn features(&self) -> Features {
+        Features { prefix_caching: self.prefix_caching }
+    }
+
     /// Decides the sizes.
     pub(super) fn sizes(&self, model: ModelNeeds, device: &str) -> Result<Sizes, EngineError> {
         let limits = self.limits()?;
@@ -202,6 +214,8 @@ pub struct EngineInfo {
     pub kv_blocks: usize,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
+    /// Whose turn it is.
+    pub scheduling_policy: SchedulingPolicy,
     /// The kernel that executes attention over it.
     pub attention_kernel: String,
     /// The device, for people: `cpu, avx512, 2 threads`.
@@ -224,7 +238,13 @@ pub struct LinearKernel {
 }
 
 impl EngineInfo {
-    pub(super) fn new(backend: &dyn Backend, model: &dyn Model, sizes: Sizes, dtype: KvCacheDtype) -> Self {
+    pub(super) fn new(
+        backend: &dyn Backend,
+        model: &dyn Model,
+        sizes: Sizes,
+        options: &EngineOptions,
+    ) -> Self {
+        let dtype = options.kv_cache_dtype;
         let kernel =
             |linear: LinearInfo| LinearKernel { kernel: backend.linear_kernel(linear.scheme), linear };
         Self {
@@ -233,6 +253,7 @@ impl EngineInfo {
             max_num_seqs: sizes.limits.max_num_seqs,
             kv_blocks: sizes.kv_blocks,
             kv_cache_dtype: dtype,
+            scheduling_policy: options.scheduling_policy,
             attention_kernel: backend.attention_kernel(dtype),
             backend: backend.description(),
             linears: model.linear_info().into_iter().map(kernel).collect(),

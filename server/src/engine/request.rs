@@ -16,6 +16,8 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// When to stop.
     pub stop: StopConditions,
+    /// When it runs, and whose cache it may use.
+    pub scheduling: Scheduling,
     /// Report each generated token's log-probability and this many of the best alternatives.
     pub logprobs: Option<usize>,
     /// Report the prompt tokens' log-probabilities and this many of the best alternatives.
@@ -77,12 +79,27 @@ pub struct StopConditions {
     pub stop_token_ids: Vec<u32>,
 }
 
-/// What the engine reports on a request's channel, in order: `Prompt` (if asked for), `Token`s, one `Finished`.
+/// What distinguishes a request from others that wait or run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scheduling {
+    /// Lower runs first; equal ones in order of arrival. Other than 0 only where the engine schedules by priority.
+    pub priority: i64,
+    /// Only requests with the same salt find each other's prompts in the cache. How fast an answer comes tells whether
+    /// a prompt was there, which those who do not trust each other should not learn.
+    pub cache_salt: Option<String>,
+}
+
+/// What the engine reports on a request's channel, in order: `Prompt`, `Token`s, one `Finished`.
 /// A channel that closes without `Finished` means that the engine died.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
-    /// Log-probabilities of the prompt's tokens 1.. given those before them (`prompt.len() - 1` entries).
-    Prompt(Vec<TokenLogprobs>),
+    /// The prompt is computed.
+    Prompt {
+        /// How many of its tokens were found in the cache.
+        cached_tokens: usize,
+        /// Log-probabilities of its tokens 1.. given those before them (`prompt.len() - 1` entries), if asked for.
+        logprobs: Option<Vec<TokenLogprobs>>,
+    },
     /// A generated token; a token that ended the sequence is reported too.
     Token {
         /// Its id.

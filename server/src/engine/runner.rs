@@ -100,8 +100,8 @@ impl ModelRunner {
     }
 
     /// What runs, for people and metrics.
-    pub(super) fn info(&self, sizes: Sizes, dtype: KvCacheDtype) -> EngineInfo {
-        EngineInfo::new(self.backend.as_ref(), self.model.as_ref(), sizes, dtype)
+    pub(super) fn info(&self, sizes: Sizes, options: &EngineOptions) -> EngineInfo {
+        EngineInfo::new(self.backend.as_ref(), self.model.as_ref(), sizes, options)
     }
 
     /// Whether the device computes while the host goes on, between [`launch`](Self::launch) and

@@ -172,14 +172,17 @@ fn forbid(row: &mut [f32], tokens: impl Iterator<Item = u32> + Clone) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::request::{GenerateRequest, StopConditions};
+    use crate::engine::block_manager::BlockManager;
+    use crate::engine::request::{GenerateRequest, Scheduling, StopConditions};
     use crate::engine::sequence::SequenceId;
 
     /// A sequence with prompt 0, 1 and output 1, 2, 2.
     fn sequence(sampling: Sampling, stop: StopConditions) -> Sequence {
         let stop = StopConditions { max_tokens: 100, ..stop };
         let (id, prompt) = (String::new(), vec![0, 1]);
-        let request = GenerateRequest { id, prompt, sampling, stop, logprobs: None, prompt_logprobs: None };
+        let scheduling = Scheduling::default();
+        let request =
+            GenerateRequest { id, prompt, sampling, stop, scheduling, logprobs: None, prompt_logprobs: None };
         let mut sequence = Sequence::new(SequenceId(0), request, 100);
         for token in [1, 2, 2] {
             sequence.push(token);
@@ -267,7 +270,7 @@ mod tests {
     fn the_draw_is_the_place_in_the_output() {
         let mut sequence = sequence(Sampling { seed: 11, ..Sampling::default() }, StopConditions::default());
         assert_eq!((params(&sequence).seed, params(&sequence).draw), (11, 3));
-        sequence.restart();
+        sequence.restart(&mut BlockManager::new(0));
         assert_eq!(params(&sequence).draw, 3);
     }
 }

@@ -1,16 +1,17 @@
 //! Who runs in the next step, how many tokens each, in which KV blocks. Pure: no device, no tokenizer, no clock.
 //!
-//! First come, first served, with continuous batching and chunked prefill. Every step gives the running sequences
-//! their tokens in order of arrival, so that decodes come before the chunk of a prompt, and admits waiting ones with
-//! what is left of the budget. A sequence gets the blocks of all its known tokens on admission and one more at a time
-//! while it decodes. When none is left, the youngest running sequence gives its blocks back and is computed again
-//! later. Since the oldest always gets what it needs, everything that is admitted ends.
+//! First come, first served, or by priority, with continuous batching and chunked prefill. Every step gives the running
+//! sequences their tokens in order of rank, a chunk of a prompt leaving one for each that follows, and admits waiting
+//! ones with what is left of the budget. A sequence begins with the blocks that the prefix cache has of it, gets the
+//! blocks of all its known tokens on admission and one more at a time while it decodes. When none is left, the last
+//! running sequence gives its blocks back and is computed again later. Since the first always gets what it needs,
+//! everything that is admitted ends.
 
 use std::collections::VecDeque;
 
 use kernels::KV_BLOCK_TOKENS;
 
-use super::block_manager::{BlockManager, blocks_for};
+use super::block_manager::{BlockManager, Hit, blocks_for};
 use super::request::{FinishReason, Usage};
 use super::sequence::{PromptDone, Sequence, SequenceId};
 
@@ -23,15 +24,26 @@ pub(super) struct Limits {
     pub(super) max_num_batched_tokens: usize,
 }
 
+/// What the scheduler may do beyond giving turns.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Features {
+    /// Find the beginnings of sequences in the blocks of others, also of those that have ended.
+    pub(super) prefix_caching: bool,
+}
+
 /// One step's work. Made by [`Scheduler::schedule`], ended by [`Scheduler::commit`]; kept between steps for its memory.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// Which sequences run, in order of arrival.
+    /// Which sequences run, in order of rank but for those that were just admitted.
     pub(super) items: Vec<BatchItem>,
     /// Sequences that begin, or begin again, to run.
     pub(super) admitted: Vec<SequenceId>,
     /// Sequences that gave their blocks back.
     pub(super) preempted: Vec<SequenceId>,
+    /// Prompt tokens that were looked for in the prefix cache.
+    pub(super) prefix_queries: usize,
+    /// Those that were found there.
+    pub(super) prefix_hits: usize,
 }
 
 impl Batch {
@@ -44,6 +56,8 @@ impl Batch {
         self.items.clear();
         self.admitted.clear();
         self.preempted.clear();
+        self.prefix_queries = 0;
+        self.prefix_hits = 0;
     }
 }
 
@@ -75,21 +89,23 @@ pub(super) struct Update {
 #[derive(Debug)]
 pub(super) struct Scheduler {
     limits: Limits,
+    features: Features,
     blocks: BlockManager,
-    /// In order of arrival, all younger than the running ones.
+    /// In order of rank.
     waiting: VecDeque<Sequence>,
-    /// In order of arrival. Only the last can have more than one token to compute after a step.
+    /// In order of rank when a step is planned.
     running: Vec<Sequence>,
 }
 
 impl Scheduler {
     /// An idle scheduler over a cache of `blocks` blocks. Both limits are at least 1.
-    pub(super) fn new(limits: Limits, blocks: usize) -> Self {
+    pub(super) fn new(limits: Limits, features: Features, blocks: usize) -> Self {
         assert!(
             limits.max_num_seqs > 0 && limits.max_num_batched_tokens > 0,
             "a step holds something: {limits:?}"
         );
-        Self { limits, blocks: BlockManager::new(blocks), waiting: VecDeque::new(), running: Vec::new() }
+        let blocks = BlockManager::new(blocks);
+        Self { limits, features, blocks, waiting: VecDeque::new(), running: Vec::new() }
     }
 
     /// Tokens of the longest sequence that the cache can hold.
@@ -102,7 +118,7 @@ impl Scheduler {
     pub(super) fn add(&mut self, sequence: Sequence) {
         debug_assert!(!sequence.tokens().is_empty() && sequence.max_len() <= self.capacity_tokens());
         debug_assert!(self.sequences().all(|other| other.id() < sequence.id()));
-        self.waiting.push_back(sequence);
+        self.enqueue(sequence);
     }
 
     /// Drops a sequence, wherever it is, and frees its blocks. Not between `schedule` and `commit`.
@@ -119,13 +135,18 @@ impl Scheduler {
     /// Plans the next step into `batch`, which stays empty only when there is nothing to do.
     pub(super) fn schedule(&mut self, batch: &mut Batch) {
         batch.clear();
+        if !self.running.is_sorted_by_key(Sequence::rank) {
+            self.running.sort_unstable_by_key(Sequence::rank);
+        }
         let mut budget = self.limits.max_num_batched_tokens;
         let mut index = 0;
         while index < self.running.len() && budget > 0 {
             if !self.make_room_for(index, batch) {
                 break;
             }
-            budget -= self.put(index, budget, batch);
+            // A prompt does not hold up those that follow.
+            let following = self.running.len() - index - 1;
+            budget -= self.put(index, budget.saturating_sub(following).max(1), batch);
             index += 1;
         }
         // A preemption means that memory is short: admitting now would take it from those that were just served.
@@ -144,6 +165,9 @@ impl Scheduler {
         for item in &batch.items {
             let sequence = &mut self.running[item.index];
             let prompt = sequence.advance(item.tokens);
+            if self.features.prefix_caching {
+                sequence.name_full_blocks(&mut self.blocks);
+            }
             let token = if item.samples { sampled.next().copied() } else { None };
             if let Some(token) = token {
                 sequence.push(token);
@@ -163,7 +187,7 @@ impl Scheduler {
         });
     }
 
-    /// The running sequences, in order of arrival.
+    /// The running sequences.
     pub(super) fn running(&self) -> &[Sequence] {
         &self.running
     }
@@ -178,7 +202,7 @@ impl Scheduler {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Every sequence, in order of arrival.
+    /// Every sequence, the running ones first.
     pub(super) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
         self.running.iter().chain(&self.waiting)
     }
@@ -188,8 +212,19 @@ impl Scheduler {
         &self.blocks
     }
 
-    /// Gives `running[index]` the blocks of all its tokens, from younger sequences if there is no other way. `false`
-    /// if it was the youngest itself, and is preempted.
+    /// Puts a sequence in its place among the waiting ones.
+    fn enqueue(&mut self, sequence: Sequence) {
+        let rank = sequence.rank();
+        // Most come last; those that were preempted, first.
+        let place = match self.waiting.back() {
+            Some(last) if last.rank() > rank => self.waiting.partition_point(|other| other.rank() < rank),
+            _ => self.waiting.len(),
+        };
+        self.waiting.insert(place, sequence);
+    }
+
+    /// Gives `running[index]` the blocks of all its tokens, from those after it if there is no other way. `false`
+    /// if it was the last itself, and is preempted.
     fn make_room_for(&mut self, index: usize, batch: &mut Batch) -> bool {
         loop {
             let sequence = &mut self.running[index];
@@ -198,11 +233,10 @@ impl Scheduler {
                 return true;
             }
             // Those after `index` have no tokens in this batch yet.
-            let mut youngest = self.running.pop().expect("running holds at least `index`");
-            self.blocks.release(&mut youngest.block_table);
-            youngest.restart();
-            batch.preempted.push(youngest.id());
-            self.waiting.push_front(youngest);
+            let mut last = self.running.pop().expect("running holds at least `index`");
+            last.restart(&mut self.blocks);
+            batch.preempted.push(last.id());
+            self.enqueue(last);
             if self.running.len() == index {
                 return false;
             }
@@ -216,12 +250,22 @@ impl Scheduler {
         }
         let Some(first) = self.waiting.front_mut() else { return false };
         let tokens = first.tokens().len();
+        let hit =
+            if self.features.prefix_caching { first.cached_beginning(&self.blocks) } else { Hit::default() };
         // A block for each of the others to grow into, lest they soon take these back.
         let reserve = self.running.len();
-        if self.blocks.free() < blocks_for(tokens) + reserve
-            || !self.blocks.grow(&mut first.block_table, tokens)
-        {
+        let from_free = blocks_for(tokens) - (hit.blocks - hit.idle);
+        if self.blocks.free() < from_free + reserve {
             return false;
+        }
+        first.begin_with(hit, &mut self.blocks);
+        let grown = self.blocks.grow(&mut first.block_table, tokens);
+        assert!(grown, "free blocks were counted");
+        // Who wants every prompt token scored does not look for any.
+        let looks = self.features.prefix_caching && first.unscored_prompt().is_none();
+        if let Some(cached) = first.started().filter(|_| looks) {
+            batch.prefix_queries += tokens;
+            batch.prefix_hits += cached;
         }
         batch.admitted.push(first.id());
         self.running.extend(self.waiting.pop_front());

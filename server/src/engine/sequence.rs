@@ -2,19 +2,27 @@
 
 use std::collections::BTreeMap;
 
-use kernels::TokenLogprobs;
+use kernels::{KV_BLOCK_TOKENS, TokenLogprobs};
 
-use super::block_manager::BlockTable;
-use super::request::{FinishReason, GenerateRequest, Sampling, StopConditions, Usage};
+use super::block_manager::{BlockManager, BlockTable, Hit};
+use super::prefix_cache::HashChain;
+use super::request::{FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, Usage};
 
 /// Number of a sequence, in order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct SequenceId(pub(super) u64);
 
+/// Whose turn it is: lower comes first, and among equals who came first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    priority: i64,
+    id: SequenceId,
+}
+
 /// A sequence between its submission and its end. It survives preemption: only `computed` and the blocks are lost.
 #[derive(Debug)]
 pub(super) struct Sequence {
-    id: SequenceId,
+    rank: Rank,
     /// The prompt, then what was generated.
     tokens: Vec<u32>,
     prompt_len: usize,
@@ -24,6 +32,12 @@ pub(super) struct Sequence {
     computed: usize,
     /// Blocks that hold them.
     pub(super) block_table: BlockTable,
+    /// Names of its blocks' contents, as far as they were needed.
+    chain: HashChain,
+    /// Blocks at the table's beginning whose contents the cache knows by name.
+    named_blocks: usize,
+    /// Prompt tokens that the cache had when the sequence first ran; `None` before.
+    cached_tokens: Option<usize>,
     sampling: Sampling,
     stop: StopConditions,
     logprobs: Option<usize>,
@@ -55,16 +69,21 @@ impl TokenCounts {
 impl Sequence {
     /// A sequence that has not been scheduled yet; it ends when it has `max_model_len` tokens.
     pub(super) fn new(id: SequenceId, request: GenerateRequest, max_model_len: usize) -> Self {
-        let GenerateRequest { id: _, prompt, sampling, stop, logprobs, prompt_logprobs } = request;
+        let GenerateRequest { id: _, prompt, sampling, stop, scheduling, logprobs, prompt_logprobs } =
+            request;
+        let Scheduling { priority, cache_salt } = scheduling;
         let penalized = sampling.presence_penalty != 0.0
             || sampling.frequency_penalty != 0.0
             || sampling.repetition_penalty != 1.0;
         Self {
-            id,
+            rank: Rank { priority, id },
             prompt_len: prompt.len(),
             max_len: prompt.len().saturating_add(stop.max_tokens).min(max_model_len),
             computed: 0,
             block_table: BlockTable::default(),
+            chain: HashChain::new(cache_salt.as_deref()),
+            named_blocks: 0,
+            cached_tokens: None,
             counts: penalized.then(|| TokenCounts(prompt.iter().map(|&token| (token, 0)).collect())),
             tokens: prompt,
             sampling,
@@ -78,7 +97,12 @@ impl Sequence {
 
     /// Its number.
     pub(super) fn id(&self) -> SequenceId {
-        self.id
+        self.rank.id
+    }
+
+    /// Its place among others.
+    pub(super) fn rank(&self) -> Rank {
+        self.rank
     }
 
     /// The prompt, then what was generated.
@@ -150,7 +174,11 @@ impl Sequence {
 
     /// Tokens so far.
     pub(super) fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt_len, cached_tokens: 0, completion_tokens: self.generated() }
+        Usage {
+            prompt_tokens: self.prompt_len,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            completion_tokens: self.generated(),
+        }
     }
 
     /// Adds the log-probabilities of the first prompt token that has none.
@@ -169,6 +197,7 @@ impl Sequence {
         self.prompt_done = true;
         Some(PromptDone {
             tokens: self.prompt_len,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
             logprobs: self.prompt_logprobs.take().map(|wanted| wanted.scored),
         })
     }
@@ -187,9 +216,50 @@ impl Sequence {
         self.finish = Some(FinishReason::Length);
     }
 
-    /// Forgets what the cache holds: it is computed again, and sampling goes on where it was.
-    pub(super) fn restart(&mut self) {
+    /// How much of its beginning is in `blocks` and need not be computed. The last token always is, for the logits that
+    /// follow it, and so is each prompt token whose successor is to be scored.
+    pub(super) fn cached_beginning(&mut self, blocks: &BlockManager) -> Hit {
+        self.chain.extend(&self.tokens);
+        let before_last = self.tokens.len() - 1;
+        let useful = self.unscored_prompt().map_or(before_last, |(_, unscored)| unscored.min(before_last));
+        blocks.find(&self.chain.blocks()[..useful / KV_BLOCK_TOKENS])
+    }
+
+    /// Begins with the blocks of `hit`, as [`cached_beginning`](Self::cached_beginning) found them.
+    pub(super) fn begin_with(&mut self, hit: Hit, blocks: &mut BlockManager) {
+        blocks.share(&mut self.block_table, &self.chain.blocks()[..hit.blocks]);
+        self.named_blocks = hit.blocks;
+        self.computed = hit.blocks * KV_BLOCK_TOKENS;
+    }
+
+    /// It runs. The first time, this says how many of its tokens the cache had.
+    pub(super) fn started(&mut self) -> Option<usize> {
+        if self.cached_tokens.is_some() {
+            return None;
+        }
+        self.cached_tokens = Some(self.computed);
+        self.cached_tokens
+    }
+
+    /// Lets others find the blocks that are full.
+    pub(super) fn name_full_blocks(&mut self, blocks: &mut BlockManager) {
+        let full = self.computed / KV_BLOCK_TOKENS;
+        if full == self.named_blocks {
+            return;
+        }
+        self.chain.extend(&self.tokens[..full * KV_BLOCK_TOKENS]);
+        let new = self.named_blocks..full;
+        for (&block, &name) in self.block_table.blocks()[new.clone()].iter().zip(&self.chain.blocks()[new]) {
+            blocks.name(block, name);
+        }
+        self.named_blocks = full;
+    }
+
+    /// Gives its blocks back: it is computed again, as far as the cache forgets it, and sampling goes on where it was.
+    pub(super) fn restart(&mut self, blocks: &mut BlockManager) {
+        blocks.release(&mut self.block_table);
         self.computed = 0;
+        self.named_blocks = 0;
     }
 
     fn finish_after(&self, token: u32) -> Option<FinishReason> {
@@ -211,6 +281,8 @@ impl Sequence {
 pub(super) struct PromptDone {
     /// Its length.
     pub(super) tokens: usize,
+    /// How much of it the cache had.
+    pub(super) cached_tokens: usize,
     /// Log-probabilities of its tokens 1.., if asked for.
     pub(super) logprobs: Option<Vec<TokenLogprobs>>,
 }

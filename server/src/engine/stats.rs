@@ -19,8 +19,12 @@ pub struct EngineStats {
     pub kv_blocks_total: usize,
     /// Steps run.
     pub steps: u64,
-    /// Prompt tokens computed; what is computed again after a preemption does not count.
+    /// Tokens of the prompts that are done, found in the cache or computed; each counts once.
     pub prompt_tokens: u64,
+    /// Prompt tokens that were looked for in the prefix cache.
+    pub prefix_cache_queries: u64,
+    /// Those that were found there.
+    pub prefix_cache_hits: u64,
     /// Tokens generated.
     pub generation_tokens: u64,
     /// Times that a sequence gave its KV blocks back to an older one.
@@ -43,6 +47,8 @@ pub(super) struct StatsCell {
     pub(super) kv_blocks_total: AtomicUsize,
     pub(super) steps: AtomicU64,
     pub(super) prompt_tokens: AtomicU64,
+    pub(super) prefix_cache_queries: AtomicU64,
+    pub(super) prefix_cache_hits: AtomicU64,
     pub(super) generation_tokens: AtomicU64,
     pub(super) preemptions: AtomicU64,
 }
@@ -58,6 +64,8 @@ impl StatsCell {
             kv_blocks_total: self.kv_blocks_total.load(Ordering::Relaxed),
             steps: self.steps.load(Ordering::Relaxed),
             prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
+            prefix_cache_queries: self.prefix_cache_queries.load(Ordering::Relaxed),
+            prefix_cache_hits: self.prefix_cache_hits.load(Ordering::Relaxed),
             generation_tokens: self.generation_tokens.load(Ordering::Relaxed),
             preemptions: self.preemptions.load(Ordering::Relaxed),
         }

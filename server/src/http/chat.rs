@@ -144,6 +144,7 @@ pub(super) async fn chat(
         prompt: prompt.clone(),
         sampling: plan.sampling_of(index),
         stop: stop.clone(),
+        scheduling: plan.scheduling.clone(),
         logprobs: wanted.then_some(top_logprobs),
         prompt_logprobs: plan.prompt_logprobs,
     });

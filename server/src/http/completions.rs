@@ -149,6 +149,7 @@ impl Completion {
                 prompt: prompt.ids.clone(),
                 sampling: self.plan.sampling_of(index),
                 stop: stop.clone(),
+                scheduling: self.plan.scheduling.clone(),
                 logprobs: self.logprobs,
                 prompt_logprobs,
             }));

@@ -71,6 +71,8 @@ pub(super) enum StopReason {
 pub(super) struct Generation {
     outputs: SelectAll<BoxStream<'static, (usize, Result<Output, ApiError>)>>,
     usage: Usage,
+    /// Sequences per prompt.
+    n: usize,
 }
 
 impl Generation {
@@ -105,6 +107,7 @@ impl Generation {
             matcher: StopMatcher::new(plan.stop_strings.clone(), plan.include_stop),
             include_stop: plan.include_stop,
             min_tokens,
+            cached_tokens: 0,
             generated: 0,
             characters: 0,
             ended: false,
@@ -114,7 +117,7 @@ impl Generation {
                 .map(move |output| (index, output))
                 .boxed()
         });
-        Ok(Self { outputs: stream::select_all(streams), usage: Usage::new(prompt_tokens) })
+        Ok(Self { outputs: stream::select_all(streams), usage: Usage::new(prompt_tokens), n: plan.n })
     }
 
     /// The next output of any sequence, with the sequence's index; `None` when all have ended.
@@ -124,7 +127,8 @@ impl Generation {
             if delta.token.is_some() {
                 self.usage.add_token();
             }
-            if let Some(finish) = &delta.finish {
+            // The sequences of a prompt share it; what the first of them found counts.
+            if let Some(finish) = delta.finish.as_ref().filter(|_| index.is_multiple_of(self.n)) {
                 self.usage.add_cached(finish.cached_tokens);
             }
         }
@@ -149,6 +153,8 @@ struct RunningSequence {
     include_stop: bool,
     /// Stop strings are looked for behind this many tokens.
     min_tokens: usize,
+    /// Prompt tokens found in the cache, once the prompt is computed.
+    cached_tokens: usize,
     /// Tokens so far.
     generated: usize,
     /// Characters of detokenized text so far, held ones included.
@@ -161,15 +167,16 @@ impl RunningSequence {
         if self.ended {
             return None;
         }
-        let output = match self.events.recv().await {
-            Some(TokenEvent::Prompt(logprobs)) => {
+        let output = match self.next_event().await {
+            Some(TokenEvent::Prompt { logprobs, .. }) => {
+                let logprobs = logprobs.unwrap_or_default();
                 self.require_numbers(&logprobs).map(|()| Output::Prompt(logprobs))
             }
             Some(TokenEvent::Token { id, logprobs, last }) => {
                 self.token(id, logprobs, last).await.map(Output::Delta)
             }
-            Some(TokenEvent::Finished { reason, usage }) => {
-                self.finish(reason, usage.cached_tokens, Delta::default()).map(Output::Delta)
+            Some(TokenEvent::Finished { reason, .. }) => {
+                self.finish(reason, Delta::default()).map(Output::Delta)
             }
             None => Err(ApiError::EngineDied),
         };
@@ -177,6 +184,18 @@ impl RunningSequence {
             self.end(Outcome::Error);
         }
         Some(output)
+    }
+
+    /// The next event that says something; takes note of what the prompt's says beside log-probabilities.
+    async fn next_event(&mut self) -> Option<TokenEvent> {
+        loop {
+            let event = self.events.recv().await?;
+            let TokenEvent::Prompt { cached_tokens, logprobs } = &event else { return Some(event) };
+            self.cached_tokens = *cached_tokens;
+            if logprobs.is_some() {
+                return Some(event);
+            }
+        }
     }
 
     /// `last`: why the sequence ends with this token, if it does. The engine alone decides that.
@@ -212,7 +231,7 @@ impl RunningSequence {
         }
         // The engine tells of the end together with the last token; so do we.
         match self.events.recv().await {
-            Some(TokenEvent::Finished { reason, usage }) => self.finish(reason, usage.cached_tokens, delta),
+            Some(TokenEvent::Finished { reason, .. }) => self.finish(reason, delta),
             Some(other) => {
                 tracing::error!(
                     request = self.id,
@@ -232,22 +251,18 @@ impl RunningSequence {
         let stop = self.matcher.stop(&hit?).to_owned();
         // Nothing more is read: the engine notices and drops the sequence.
         self.events.close();
-        Some(Finish { reason: "stop", stop_reason: Some(StopReason::Text(stop)), cached_tokens: 0 })
+        let stop_reason = Some(StopReason::Text(stop));
+        Some(Finish { reason: "stop", stop_reason, cached_tokens: self.cached_tokens })
     }
 
-    fn finish(
-        &mut self,
-        reason: FinishReason,
-        cached_tokens: usize,
-        mut delta: Delta,
-    ) -> Result<Delta, ApiError> {
+    fn finish(&mut self, reason: FinishReason, mut delta: Delta) -> Result<Delta, ApiError> {
         let rest = match (&mut self.detokenizer, &self.model.tokenizer) {
             (Some(detokenizer), Some(tokenizer)) => detokenizer.finish(tokenizer),
             _ => String::new(),
         };
         if let Some(finish) = self.push_text(&rest, &mut delta.text) {
             self.end(Outcome::Stop);
-            delta.finish = Some(Finish { cached_tokens, ..finish });
+            delta.finish = Some(finish);
             return Ok(delta);
         }
         delta.text.push_str(&self.matcher.finish());
@@ -258,7 +273,7 @@ impl RunningSequence {
             FinishReason::Aborted => return Err(ApiError::ShuttingDown),
         };
         self.end(outcome);
-        delta.finish = Some(Finish { reason, stop_reason, cached_tokens });
+        delta.finish = Some(Finish { reason, stop_reason, cached_tokens: self.cached_tokens });
         Ok(delta)
     }
 

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::check::{logprobs, out_of_range, require, require_in_vocabulary};
 use super::error::ApiError;
-use crate::engine::{Sampling, StopConditions};
+use crate::engine::{Sampling, Scheduling, StopConditions};
 
 /// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
@@ -45,6 +45,9 @@ pub(super) struct SamplingFields {
     return_tokens_as_token_ids: Option<bool>,
     #[serde(default, deserialize_with = "super::integer::optional")]
     truncate_prompt_tokens: Option<i64>,
+    #[serde(default, deserialize_with = "super::integer::optional")]
+    priority: Option<i64>,
+    cache_salt: Option<String>,
 }
 
 /// `stop`: one string or several.
@@ -62,6 +65,8 @@ pub(super) struct ModelFacts<'a> {
     pub(super) vocab_size: usize,
     /// Most tokens of a sequence.
     pub(super) max_model_len: usize,
+    /// Whether requests have a priority.
+    pub(super) has_priorities: bool,
     /// Whether stop strings can be looked for.
     pub(super) has_tokenizer: bool,
     /// Defaults of the sampling parameters, and the end-of-sequence tokens.
@@ -77,6 +82,8 @@ pub(super) struct SamplingPlan {
     pub(super) sampling: Sampling,
     /// Without `max_tokens`, which depends on the prompt.
     pub(super) stop: StopConditions,
+    /// When it runs, and whose cache it may use.
+    pub(super) scheduling: Scheduling,
     /// Strings that end the text.
     pub(super) stop_strings: Vec<String>,
     /// Whether the stop string or token belongs to the text.
@@ -126,10 +133,19 @@ impl SamplingFields {
             stop_strings.is_empty() || model.has_tokenizer,
             "absent: this model has no tokenizer, so there is no text to look in; use stop_token_ids",
         )?;
+        let scheduling =
+            Scheduling { priority: self.priority.unwrap_or(0), cache_salt: self.cache_salt.clone() };
+        require(
+            "priority",
+            scheduling.priority == 0 || model.has_priorities,
+            "0: this server serves in order of arrival (--scheduling-policy priority changes that)",
+        )?;
+        require("cache_salt", scheduling.cache_salt.as_deref() != Some(""), "a string that is not empty")?;
         Ok(SamplingPlan {
             n,
             sampling,
             stop,
+            scheduling,
             stop_strings,
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
@@ -245,7 +261,13 @@ mod tests {
     use super::*;
 
     fn plan_with(fields: Value, defaults: &GenerationConfig) -> Result<SamplingPlan, ApiError> {
-        let model = ModelFacts { vocab_size: 100, max_model_len: 64, has_tokenizer: true, defaults };
+        let model = ModelFacts {
+            vocab_size: 100,
+            max_model_len: 64,
+            has_priorities: false,
+            has_tokenizer: true,
+            defaults,
+        };
         serde_json::from_value::<SamplingFields>(fields).unwrap().plan(model)
     }
 
@@ -279,6 +301,8 @@ mod tests {
             ("prompt_logprobs", json!(-1)),
             ("truncate_prompt_tokens", json!(0)),
             ("truncate_prompt_tokens", json!(65)),
+            ("priority", json!(-1)),
+            ("cache_salt", json!("")),
         ];
         for (field, value) in cases {
             let mut fields = json!({});

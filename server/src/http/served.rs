@@ -1,5 +1,7 @@
 //! What requests ask of a model, with errors for clients.
 
+use config::SchedulingPolicy;
+
 use super::check::require_in_vocabulary;
 use super::error::ApiError;
 use super::sampling::ModelFacts;
@@ -22,6 +24,7 @@ impl ServedModel {
         ModelFacts {
             vocab_size: self.vocab_size(),
             max_model_len: self.max_model_len(),
+            has_priorities: self.engine.info().scheduling_policy == SchedulingPolicy::Priority,
             has_tokenizer: self.tokenizer.is_some(),
             defaults: &self.defaults,
         }

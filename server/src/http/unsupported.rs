@@ -19,7 +19,6 @@ const EVERYWHERE: &[Row] = &[
     ("logits_processors", &["[]"]),
     ("use_beam_search", &["false"]),
     ("length_penalty", &["1"]),
-    ("priority", &["0"]),
     ("kv_transfer_params", &[]),
     ("spaces_between_special_tokens", &["true"]),
 ];
@@ -86,7 +85,7 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_is_accepted() {
-        let json = r#"{"response_format": {"type": "text"}, "bad_words": [], "length_penalty": 1.0, "priority": 0,
+        let json = r#"{"response_format": {"type": "text"}, "bad_words": [], "length_penalty": 1.0,
             "suffix": null, "tools": [], "use_beam_search": false, "tool_choice": "none", "anything": 1}"#;
         check_completion(&body(json)).unwrap();
         check_chat(&body(json)).unwrap();
@@ -98,7 +97,6 @@ mod tests {
             ("response_format", r#"{"type": "json_object"}"#),
             ("structured_outputs", r#"{"choice": ["a"]}"#),
             ("bad_words", r#"["x"]"#),
-            ("priority", "1"),
             ("tools", r#"[{"type": "function"}]"#),
             ("tool_choice", r#""auto""#),
             ("echo", "true"),

@@ -38,9 +38,6 @@ impl EngineObserver for EngineMetrics {
             return;
         }
         let metrics = &self.0;
-        // Every prompt token is one that a prefix cache could have had; as long as there is none, none is found.
-        metrics.prefix_cache_queries_total.inc_by(usage.prompt_tokens as u64);
-        metrics.prefix_cache_hits_total.inc_by(usage.cached_tokens as u64);
         metrics.e2e_request_latency_seconds.observe(timing.total.as_secs_f64());
         metrics.request_queue_time_seconds.observe(timing.queue.as_secs_f64());
         metrics.request_prefill_time_seconds.observe(timing.prefill.as_secs_f64());

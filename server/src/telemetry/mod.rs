@@ -114,7 +114,10 @@ impl Telemetry {
                 "LoRA adapters in use; this server has none.",
                 &["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
             )?,
-            prompt_tokens_total: m.counter("vllm:prompt_tokens_total", "Prompt tokens computed.")?,
+            prompt_tokens_total: m.counter(
+                "vllm:prompt_tokens_total",
+                "Tokens of prompts that are done, computed or found in the prefix cache.",
+            )?,
             generation_tokens_total: m.counter("vllm:generation_tokens_total", "Tokens generated.")?,
             num_preemptions_total: m
                 .counter("vllm:num_preemptions_total", "Times a sequence gave its KV blocks to another.")?,
@@ -243,6 +246,8 @@ impl Telemetry {
             (&self.prompt_tokens_total, stats.prompt_tokens),
             (&self.generation_tokens_total, stats.generation_tokens),
             (&self.num_preemptions_total, stats.preemptions),
+            (&self.prefix_cache_queries_total, stats.prefix_cache_queries),
+            (&self.prefix_cache_hits_total, stats.prefix_cache_hits),
         ] {
             counter.inc_by(total.saturating_sub(counter.get()));
         }

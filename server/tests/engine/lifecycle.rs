@@ -24,7 +24,12 @@ pub(crate) fn wait_for(engine: &EngineHandle, what: &str, wanted: impl Fn(Engine
 
 /// Waits for a sequence's next token.
 fn next_token(events: &mut UnboundedReceiver<TokenEvent>) {
-    assert!(matches!(events.blocking_recv(), Some(TokenEvent::Token { .. })));
+    loop {
+        match events.blocking_recv() {
+            Some(TokenEvent::Prompt { .. }) => {}
+            event => return assert!(matches!(event, Some(TokenEvent::Token { .. })), "{event:?}"),
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use kernels::{Device, TokenLogprobs};
 use models::checkpoint::Checkpoint;
 use server::engine::{
     EngineHandle, EngineObserver, EngineOptions, FinishReason, GenerateRequest, KvCacheSize, Loaded,
-    Sampling, StopConditions, TokenEvent, Usage,
+    Sampling, Scheduling, StopConditions, TokenEvent, Usage,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -68,6 +68,7 @@ fn request(prompt_len: usize, max_tokens: usize) -> GenerateRequest {
         prompt: text_tokens()[..prompt_len].to_vec(),
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stop: StopConditions { max_tokens, ..StopConditions::default() },
+        scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
     }
@@ -76,10 +77,23 @@ fn request(prompt_len: usize, max_tokens: usize) -> GenerateRequest {
 /// Everything that was heard of a sequence.
 #[derive(Debug, Default, PartialEq)]
 struct Heard {
+    /// Once the prompt is done.
+    cached_tokens: Option<usize>,
     prompt: Option<Vec<TokenLogprobs>>,
     tokens: Vec<u32>,
     logprobs: Vec<TokenLogprobs>,
     end: Option<(FinishReason, Usage)>,
+}
+
+impl Heard {
+    /// As it would be without a prefix cache.
+    fn but_for_the_cache(mut self) -> Self {
+        self.cached_tokens = self.cached_tokens.map(|_| 0);
+        if let Some((_, usage)) = &mut self.end {
+            usage.cached_tokens = 0;
+        }
+        self
+    }
 }
 
 /// Listens until the channel closes; checks the order of events.
@@ -88,12 +102,13 @@ fn hear(mut events: UnboundedReceiver<TokenEvent>) -> Heard {
     while let Some(event) = events.blocking_recv() {
         assert_eq!(heard.end, None, "{event:?} after the end");
         match event {
-            TokenEvent::Prompt(prompt) => {
+            TokenEvent::Prompt { cached_tokens, logprobs } => {
                 assert!(
-                    heard.tokens.is_empty() && heard.prompt.is_none(),
+                    heard.tokens.is_empty() && heard.cached_tokens.is_none(),
                     "the prompt comes first, and once"
                 );
-                heard.prompt = Some(prompt);
+                heard.cached_tokens = Some(cached_tokens);
+                heard.prompt = logprobs;
             }
             TokenEvent::Token { id, logprobs, .. } => {
                 heard.tokens.push(id);

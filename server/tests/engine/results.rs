@@ -87,11 +87,94 @@ fn those_who_leave_take_nothing_from_those_who_stay() {
             }
         }
         for (index, events) in staying {
-            assert_eq!(hear(events), expected[index], "round {round}, request {index}");
+            // Those of later rounds find their prompts in the cache.
+            assert_eq!(hear(events).but_for_the_cache(), expected[index], "round {round}, request {index}");
         }
     }
     lifecycle::wait_for(&engine, "idle", |stats| stats.running + stats.waiting == 0);
     assert_eq!(engine.stats().kv_blocks_used, 0);
+}
+
+/// Turns of a conversation and requests with the same beginning; each finds something in the cache of those before.
+fn related_requests() -> Vec<GenerateRequest> {
+    let text = text_tokens();
+    let long = &text[..200];
+    let mut prompts = vec![long.to_vec(), long.to_vec(), [&long[..100], &text[300..350]].concat()];
+    // Whole blocks, with and without one token more.
+    prompts.extend([64, 64, 65].map(|len| text[500..500 + len].to_vec()));
+    prompts.extend([long[..150].to_vec(), long.to_vec()]);
+    let requests = prompts.into_iter().enumerate().map(|(index, prompt)| {
+        let sampling =
+            Sampling { seed: index as u64, temperature: [0.0, 0.9][index % 2], ..Sampling::default() };
+        let logprobs = (index % 3 == 0).then_some(2);
+        GenerateRequest { prompt, sampling, logprobs, ..request(1, 24) }
+    });
+    requests.collect()
+}
+
+#[test]
+fn what_is_found_in_the_cache_is_what_would_be_computed() {
+    for kv_cache_dtype in [kernels::KvCacheDtype::Bf16, kernels::KvCacheDtype::Mxint8] {
+        // Heads of the bundled model are as wide as an MX block.
+        let plain = EngineOptions { prefix_caching: false, kv_cache_dtype, ..options(200) };
+        let cached = EngineOptions { prefix_caching: true, ..plain };
+        let engine = start(plain);
+        let expected: Vec<Heard> = related_requests().into_iter().map(|r| run(&engine, r)).collect();
+        assert!(expected.iter().all(|heard| heard.cached_tokens == Some(0)));
+        assert_eq!((engine.stats().prefix_cache_queries, engine.stats().prefix_cache_hits), (0, 0));
+
+        for (name, options) in [
+            ("roomy", cached),
+            ("steps of 7 tokens", EngineOptions { max_num_batched_tokens: 7, ..cached }),
+            ("little memory", EngineOptions { kv_cache: KvCacheSize::Blocks(15), ..cached }),
+        ] {
+            let engine = start(options);
+            let heard: Vec<Heard> = related_requests().into_iter().map(|r| run(&engine, r)).collect();
+            let hits: usize = heard.iter().map(|heard| heard.cached_tokens.unwrap_or(0)).sum();
+            let queries: usize = related_requests().iter().map(|r| r.prompt.len()).sum();
+            let stats = engine.stats();
+            assert_eq!(
+                (stats.prefix_cache_queries, stats.prefix_cache_hits),
+                (queries as u64, hits as u64),
+                "{name}"
+            );
+            if name != "little memory" {
+                let found: Vec<_> = heard.iter().filter_map(|heard| heard.cached_tokens).collect();
+                assert_eq!(found, [0, 192, 96, 0, 48, 64, 144, 192], "{name}");
+            }
+            assert!(hits > 0, "{name}");
+            let heard: Vec<Heard> = heard.into_iter().map(Heard::but_for_the_cache).collect();
+            assert_same(name, &expected, &heard);
+
+            // All at once, twice: some find what others are still using, some what has ended, and some are preempted.
+            for round in 0..2 {
+                let channels = engine.submit_all(related_requests()).unwrap();
+                let heard: Vec<Heard> = channels.into_iter().map(|c| hear(c).but_for_the_cache()).collect();
+                assert_same(&format!("{name}, crowd {round}"), &expected, &heard);
+            }
+            assert_eq!(engine.stats().kv_blocks_used, 0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_next_turn_of_a_conversation_finds_question_and_answer() {
+    let engine = start(options(64));
+    let first = run(&engine, request(40, 40));
+    let mut second = request(40, 4);
+    second.prompt.extend(&first.tokens);
+    second.prompt.extend(&text_tokens()[400..410]);
+    // 79 tokens of the first turn were computed: its last one was drawn and not used.
+    assert_eq!(run(&engine, second.clone()).cached_tokens, Some(64));
+    // With another salt it finds nothing, nor does who wants the prompt scored; the text is the same.
+    let expected = run(&engine, second.clone()).but_for_the_cache();
+    let scheduling = Scheduling { cache_salt: Some("other".to_owned()), ..Scheduling::default() };
+    let salted = run(&engine, GenerateRequest { scheduling, ..second.clone() });
+    assert_eq!(salted.cached_tokens, Some(0));
+    assert_eq!(salted, expected);
+    let scored = run(&engine, GenerateRequest { prompt_logprobs: Some(1), ..second });
+    assert_eq!((scored.cached_tokens, scored.prompt.map(|p| p.len())), (Some(0), Some(89)));
+    assert_eq!(scored.tokens, expected.tokens);
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod command_line;
 mod completions;
 mod errors;
 mod metrics;
+mod scheduling;
 mod streaming;
 mod support;
 mod tokenizer;

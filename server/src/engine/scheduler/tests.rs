@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::request::{GenerateRequest, Sampling, StopConditions};
+use crate::engine::request::{GenerateRequest, Sampling, Scheduling, StopConditions};
 
 const B: usize = KV_BLOCK_TOKENS;
 
@@ -18,6 +18,7 @@ fn sequence(id: u64, prompt: usize, max_tokens: usize) -> Sequence {
         prompt: vec![7; prompt],
         sampling: Sampling::default(),
         stop: StopConditions { max_tokens, eos_token_ids: vec![EOS], ..StopConditions::default() },
+        scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
     };
@@ -25,7 +26,7 @@ fn sequence(id: u64, prompt: usize, max_tokens: usize) -> Sequence {
 }
 
 fn scheduler(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize) -> Scheduler {
-    Scheduler::new(Limits { max_num_seqs, max_num_batched_tokens }, blocks)
+    Scheduler::new(Limits { max_num_seqs, max_num_batched_tokens }, Features::default(), blocks)
 }
 
 /// Runs one step with token 9 for everyone; returns `(id, tokens)` of the batch.
@@ -144,6 +145,7 @@ fn sequences_end_for_the_right_reason() {
             prompt: vec![7; 4],
             sampling: Sampling::default(),
             stop,
+            scheduling: Scheduling::default(),
             logprobs: None,
             prompt_logprobs: None,
         };
@@ -170,6 +172,7 @@ fn the_context_ends_a_sequence() {
         prompt: vec![7; 4],
         sampling: Sampling::default(),
         stop: StopConditions { max_tokens: usize::MAX, ..StopConditions::default() },
+        scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
     };
@@ -193,10 +196,174 @@ fn removing_frees_blocks_and_keeps_the_order() {
     assert_eq!(step(&mut scheduler), [(1, 1), (3, B)]);
 }
 
+/// A prompt of `family`: families differ from their second block on.
+fn prompt_of(family: u32, len: usize) -> Vec<u32> {
+    (0..len).map(|at| if at < B + 5 { 7 } else { 100 + family }).collect()
+}
+
+fn sequence_of(id: u64, prompt: Vec<u32>, max_tokens: usize, scheduling: Scheduling) -> Sequence {
+    let request = GenerateRequest {
+        id: id.to_string(),
+        prompt,
+        sampling: Sampling::default(),
+        stop: StopConditions { max_tokens, eos_token_ids: vec![EOS], ..StopConditions::default() },
+        scheduling,
+        logprobs: None,
+        prompt_logprobs: None,
+    };
+    Sequence::new(SequenceId(id), request, usize::MAX)
+}
+
+#[test]
+fn beginnings_are_found() {
+    let salted = |salt: &str| Scheduling { cache_salt: Some(salt.to_owned()), ..Scheduling::default() };
+    let open = Scheduling::default;
+    // Prompts one after the other, each with the tokens that are computed of it.
+    type Case = (&'static str, Vec<(Vec<u32>, Scheduling, usize)>);
+    let cases: [Case; 5] = [
+        (
+            "full blocks are shared, but for the last token's",
+            vec![
+                (prompt_of(0, 2 * B), open(), 2 * B),
+                (prompt_of(0, 2 * B), open(), B),
+                (prompt_of(0, 2 * B + 1), open(), 1),
+                (prompt_of(0, B), open(), B),
+                (prompt_of(0, B + 1), open(), 1),
+            ],
+        ),
+        (
+            "up to where prompts differ",
+            vec![(prompt_of(0, 3 * B), open(), 3 * B), (prompt_of(1, 3 * B), open(), 2 * B)],
+        ),
+        ("a short prompt has no full block", vec![(vec![7; 5], open(), 5), (vec![7; 5], open(), 5)]),
+        (
+            "answers are beginnings too",
+            vec![
+                (prompt_of(0, 2 * B - 2), open(), 2 * B - 2),
+                // Two of the three tokens drawn have been computed.
+                ([prompt_of(0, 2 * B - 2), vec![9, 9, 9, 3]].concat(), open(), 2),
+            ],
+        ),
+        (
+            "salts separate",
+            vec![
+                (prompt_of(0, 2 * B), salted("a"), 2 * B),
+                (prompt_of(0, 2 * B), salted("b"), 2 * B),
+                (prompt_of(0, 2 * B), open(), 2 * B),
+                (prompt_of(0, 2 * B), salted("a"), B),
+            ],
+        ),
+    ];
+    for (name, prompts) in cases {
+        let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
+        let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 20);
+        for (id, (prompt, scheduling, computed)) in (0..).zip(prompts) {
+            scheduler.add(sequence_of(id, prompt, 3, scheduling));
+            assert_eq!(step(&mut scheduler), [(id, computed)], "{name}: prompt {id}");
+            while !scheduler.is_idle() {
+                step(&mut scheduler);
+            }
+        }
+        assert_eq!(scheduler.blocks().used(), 0, "{name}");
+    }
+}
+
+#[test]
+fn those_who_run_share_and_memory_counts_once() {
+    let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
+    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 6);
+    scheduler.add(sequence_of(0, prompt_of(0, 3 * B + 1), 9, Scheduling::default()));
+    assert_eq!(step(&mut scheduler), [(0, 3 * B + 1)]);
+    // Without sharing, neither would have room.
+    scheduler.add(sequence_of(1, prompt_of(0, 3 * B + 1), 9, Scheduling::default()));
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1)]);
+    assert_eq!(scheduler.blocks().used(), 5);
+    let usage = scheduler.remove(SequenceId(1)).map(|sequence| sequence.usage());
+    assert_eq!(usage.map(|usage| usage.cached_tokens), Some(3 * B));
+    assert_eq!(scheduler.blocks().used(), 4);
+}
+
+#[test]
+fn a_prompt_that_is_scored_is_computed() {
+    let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
+    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 20);
+    for id in 0..2 {
+        let request = GenerateRequest {
+            id: String::new(),
+            prompt: prompt_of(0, 3 * B),
+            sampling: Sampling::default(),
+            stop: StopConditions { max_tokens: 1, ..StopConditions::default() },
+            scheduling: Scheduling::default(),
+            logprobs: None,
+            prompt_logprobs: (id == 1).then_some(0),
+        };
+        scheduler.add(Sequence::new(SequenceId(id), request, 100));
+        let mut batch = Batch::default();
+        scheduler.schedule(&mut batch);
+        assert_eq!((batch.tokens(), batch.prefix_hits), (3 * B, 0));
+        assert_eq!(batch.prefix_queries, if id == 1 { 0 } else { 3 * B });
+        scheduler.commit(&batch, &[9], &mut Vec::new());
+    }
+}
+
+#[test]
+fn who_is_preempted_finds_its_blocks_again() {
+    let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
+    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 4);
+    scheduler.add(sequence_of(0, prompt_of(0, B - 1), 3, Scheduling::default()));
+    scheduler.add(sequence_of(1, vec![3; 2 * B - 1], 4, Scheduling::default()));
+    let mut steps = Vec::new();
+    while !scheduler.is_idle() {
+        steps.push(step(&mut scheduler));
+    }
+    let expected: [&[(u64, usize)]; 5] = [
+        &[(0, B - 1), (1, 2 * B - 1)],
+        &[(0, 1), (1, 1)],
+        &[(0, 1)], // 0 takes the last block, 1 gives way
+        &[(1, 1)], // both of its full blocks are still there
+        &[(1, 1)],
+    ];
+    assert_eq!(steps, expected);
+}
+
+#[test]
+fn priorities_decide_who_runs_and_who_gives_way() {
+    let rank = |priority| Scheduling { priority, ..Scheduling::default() };
+    let mut waiting = scheduler(1, 100, 10);
+    for (id, priority) in [(0, 5), (1, 0), (2, -1), (3, 0)] {
+        waiting.add(sequence_of(id, vec![7; 2], 1, rank(priority)));
+    }
+    let order: Vec<_> =
+        std::iter::from_fn(|| (!waiting.is_idle()).then(|| step(&mut waiting)[0].0)).collect();
+    assert_eq!(order, [2, 1, 3, 0]);
+
+    // The later but more important one takes the last block.
+    let mut full = scheduler(4, 100, 3);
+    full.add(sequence_of(0, vec![7; B - 1], 4, rank(1)));
+    full.add(sequence_of(1, vec![7; B - 1], 4, rank(0)));
+    assert_eq!(step(&mut full), [(1, B - 1), (0, B - 1)]);
+    assert_eq!(step(&mut full), [(1, 1), (0, 1)]);
+    assert_eq!(step(&mut full), [(1, 1)]);
+}
+
+#[test]
+fn an_important_prompt_does_not_hold_up_streams() {
+    let rank = |priority| Scheduling { priority, ..Scheduling::default() };
+    let mut scheduler = scheduler(4, 8, 20);
+    scheduler.add(sequence_of(0, vec![7; 2], 9, rank(1)));
+    scheduler.add(sequence_of(1, vec![7; 2], 9, rank(1)));
+    step(&mut scheduler);
+    scheduler.add(sequence_of(2, vec![7; 20], 1, rank(0)));
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 6)]);
+    assert_eq!(step(&mut scheduler), [(2, 6), (0, 1), (1, 1)]);
+}
+
 /// What a simulated client does.
 #[derive(Debug, Clone)]
 struct Client {
     prompt: usize,
+    family: u32,
+    priority: i64,
     max_tokens: usize,
     /// Steps between the arrival before and this one.
     gap: usize,
@@ -206,8 +373,16 @@ struct Client {
 
 fn client() -> impl Strategy<Value = Client> {
     let leaves_after = prop_oneof![4 => Just(None), 1 => (0..60_usize).prop_map(Some)];
-    (1..=4 * B, 0..=3 * B, 0..4_usize, leaves_after)
-        .prop_map(|(prompt, max_tokens, gap, leaves_after)| Client { prompt, max_tokens, gap, leaves_after })
+    (1..=4 * B, 0..3_u32, 0..3_i64, 0..=3 * B, 0..4_usize, leaves_after).prop_map(
+        |(prompt, family, priority, max_tokens, gap, leaves_after)| Client {
+            prompt,
+            family,
+            priority,
+            max_tokens,
+            gap,
+            leaves_after,
+        },
+    )
 }
 
 /// The token drawn at a place of a sequence: any function of these two alone, as real sampling is.
@@ -233,18 +408,29 @@ fn check_plan(scheduler: &Scheduler, batch: &Batch) {
     assert!(scheduler.running().len() <= limits.max_num_seqs);
     assert!(!batch.items.is_empty() || scheduler.is_idle(), "there is work and nobody runs");
 
-    let ids: Vec<_> = scheduler.sequences().map(Sequence::id).collect();
-    assert!(ids.is_sorted(), "first come, first served: {ids:?}");
-    if let Some(oldest) = ids.first() {
-        let first = batch.items.first().map(|item| scheduler.running()[item.index].id());
-        assert_eq!(first, Some(*oldest), "the oldest always runs: nobody starves");
+    let ranks: Vec<_> = scheduler.waiting.iter().map(Sequence::rank).collect();
+    assert!(ranks.is_sorted(), "those who wait are in order: {ranks:?}");
+    let known = scheduler.running().len() - batch.admitted.len();
+    let ranks: Vec<_> = scheduler.running()[..known].iter().map(Sequence::rank).collect();
+    assert!(ranks.is_sorted(), "those who run are in order: {ranks:?}");
+    if known > 0 {
+        assert_eq!(
+            batch.items.first().map(|item| item.index),
+            Some(0),
+            "the first always runs: nobody starves"
+        );
     }
 
-    let mut held = BTreeSet::new();
+    // Positions of each block in tables, and whether all its tokens are computed for that table's owner.
+    let mut held: BTreeMap<u32, Vec<(usize, bool)>> = BTreeMap::new();
     for sequence in scheduler.sequences() {
-        for block in sequence.block_table.blocks() {
-            assert!(held.insert(*block), "block {block} is in two tables");
+        for (at, block) in sequence.block_table.blocks().iter().enumerate() {
+            held.entry(*block).or_default().push((at, (at + 1) * B <= sequence.computed()));
         }
+    }
+    for (block, places) in &held {
+        let is_shared_rightly = places.iter().all(|&(at, full)| full && at == places[0].0);
+        assert!(places.len() == 1 || is_shared_rightly, "block {block}: {places:?}");
     }
     assert_eq!(held.len(), scheduler.blocks().used(), "blocks are held or free");
     assert!(scheduler.waiting.iter().all(|s| s.computed() == 0 && s.block_table.blocks().is_empty()));
@@ -257,23 +443,60 @@ fn check_plan(scheduler: &Scheduler, batch: &Batch) {
     }
 }
 
+/// The keys and values of a simulated cache, by slot: each is a function of its token and all before it, as real ones
+/// are.
+#[derive(Default)]
+struct Memory(BTreeMap<usize, u64>);
+
+impl Memory {
+    /// Computes a batch; what it reads must be what its sequences would have written.
+    fn run(&mut self, scheduler: &Scheduler, batch: &Batch) {
+        for item in &batch.items {
+            let sequence = &scheduler.running()[item.index];
+            let blocks = sequence.block_table.blocks();
+            let (first, end) = (sequence.computed(), sequence.computed() + item.tokens);
+            let mut value = 0_u64;
+            for (at, &token) in sequence.tokens()[..end].iter().enumerate() {
+                value = (value ^ u64::from(token)).wrapping_mul(0x100_0000_01b3).rotate_left(17);
+                let slot = blocks[at / B] as usize * B + at % B;
+                if at < first {
+                    assert_eq!(self.0.get(&slot), Some(&value), "{:?} reads what it is", sequence.id());
+                } else {
+                    self.0.insert(slot, value);
+                }
+            }
+        }
+    }
+}
+
+/// What came of a simulation.
+#[derive(Debug, Default)]
+struct Simulated {
+    preemptions: usize,
+    prefix_hits: usize,
+}
+
 /// Serves `clients` to the end; checks each step, and what each client heard.
-fn simulate(limits: Limits, blocks: usize, clients: &[Client]) -> usize {
-    let mut scheduler = Scheduler::new(limits, blocks);
+fn simulate(limits: Limits, features: Features, blocks: usize, clients: &[Client]) -> Simulated {
+    let mut scheduler = Scheduler::new(limits, features, blocks);
+    let mut memory = Memory::default();
+    let mut simulated = Simulated::default();
     let (mut batch, mut updates) = (Batch::default(), Vec::new());
     let mut outputs: BTreeMap<SequenceId, Vec<u32>> = BTreeMap::new();
     let mut prompts = BTreeSet::new();
     let mut ended = BTreeSet::new();
     let mut gone = BTreeSet::new();
     let mut leaving: Vec<(usize, SequenceId)> = Vec::new();
-    let (mut now, mut preemptions) = (0, 0);
+    let mut now = 0;
     let mut arrivals = clients.iter().enumerate().peekable();
     let mut next_arrival = clients.first().map_or(0, |client| client.gap);
 
     while arrivals.peek().is_some() || !scheduler.is_idle() {
         while let Some((index, client)) = arrivals.next_if(|_| now >= next_arrival) {
             let id = SequenceId(index as u64);
-            scheduler.add(sequence(id.0, client.prompt, client.max_tokens));
+            let prompt = prompt_of(client.family, client.prompt);
+            let scheduling = Scheduling { priority: client.priority, ..Scheduling::default() };
+            scheduler.add(sequence_of(id.0, prompt, client.max_tokens, scheduling));
             leaving.extend(client.leaves_after.map(|steps| (now + steps, id)));
             next_arrival = now + arrivals.peek().map_or(0, |(_, client)| client.gap);
         }
@@ -284,7 +507,9 @@ fn simulate(limits: Limits, blocks: usize, clients: &[Client]) -> usize {
         }
         scheduler.schedule(&mut batch);
         check_plan(&scheduler, &batch);
-        preemptions += batch.preempted.len();
+        memory.run(&scheduler, &batch);
+        simulated.preemptions += batch.preempted.len();
+        simulated.prefix_hits += batch.prefix_hits;
         let sampled: Vec<u32> = batch
             .items
             .iter()
@@ -319,7 +544,7 @@ fn simulate(limits: Limits, blocks: usize, clients: &[Client]) -> usize {
             assert_eq!(output, expected, "a preempted sequence goes on where it was");
         }
     }
-    preemptions
+    simulated
 }
 
 proptest! {
@@ -331,16 +556,23 @@ proptest! {
         max_num_batched_tokens in prop_oneof![1..8_usize, 1..200_usize],
         // The longest sequence needs 7 blocks.
         blocks in prop_oneof![7..12_usize, 7..60_usize],
+        prefix_caching: bool,
         clients in prop::collection::vec(client(), 0..24),
     ) {
-        simulate(Limits { max_num_seqs, max_num_batched_tokens }, blocks, &clients);
+        let limits = Limits { max_num_seqs, max_num_batched_tokens };
+        simulate(limits, Features { prefix_caching }, blocks, &clients);
     }
 }
 
 #[test]
-fn the_simulation_preempts() {
+fn the_simulation_preempts_and_shares() {
     // Otherwise the property above would not say what it seems to.
-    let client = Client { prompt: B, max_tokens: 3 * B, gap: 0, leaves_after: None };
+    let client =
+        Client { prompt: 2 * B, family: 0, priority: 0, max_tokens: 3 * B, gap: 1, leaves_after: None };
     let limits = Limits { max_num_seqs: 8, max_num_batched_tokens: 64 };
-    assert!(simulate(limits, 9, &vec![client; 12]) > 0);
+    for prefix_caching in [false, true] {
+        let simulated = simulate(limits, Features { prefix_caching }, 11, &vec![client.clone(); 12]);
+        assert!(simulated.preemptions > 0, "{simulated:?}");
+        assert_eq!(simulated.prefix_hits > 0, prefix_caching, "{simulated:?}");
+    }
 }
