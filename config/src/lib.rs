@@ -13,4 +13,6 @@ mod values;
 pub use error::ConfigError;
 pub use server::ServerConfig;
 pub use settings::Settings;
-pub use values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy};
+pub use values::{
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
+};

@@ -10,7 +10,9 @@ use kernels::KvCacheDtype;
 
 use crate::error::ConfigError;
 use crate::settings::Settings;
-use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy};
+use crate::values::{
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
+};
 
 /// The server's configuration: checked once, then trusted.
 #[derive(Clone, PartialEq)]
@@ -37,6 +39,10 @@ pub struct ServerConfig {
     pub chat_template: Option<PathBuf>,
     /// Where the sampling parameters' defaults come from.
     pub generation_config: GenerationConfig,
+    /// How the model writes calls of tools.
+    pub tool_call_parser: ToolCallParser,
+    /// How the model writes what it thinks before it answers.
+    pub reasoning_parser: ReasoningParser,
     /// Device to run on.
     pub device: DeviceChoice,
     /// Threads of the CPU backend.
@@ -81,6 +87,8 @@ impl Default for ServerConfig {
             max_model_len: None,
             chat_template: None,
             generation_config: GenerationConfig::default(),
+            tool_call_parser: ToolCallParser::default(),
+            reasoning_parser: ReasoningParser::default(),
             device: DeviceChoice::default(),
             threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             gpu_memory_utilization: None,
@@ -126,6 +134,8 @@ impl ServerConfig {
             },
             chat_template: said.chat_template,
             generation_config: said.generation_config.unwrap_or(d.generation_config),
+            tool_call_parser: said.tool_call_parser.unwrap_or(d.tool_call_parser),
+            reasoning_parser: said.reasoning_parser.unwrap_or(d.reasoning_parser),
             device: said.device.unwrap_or(d.device),
             threads: threads(said.threads)?.unwrap_or(d.threads),
             strict: said.strict.unwrap_or(d.strict),
@@ -162,6 +172,8 @@ impl ServerConfig {
             max_model_len: self.max_model_len,
             chat_template: self.chat_template.clone(),
             generation_config: Some(self.generation_config),
+            tool_call_parser: Some(self.tool_call_parser),
+            reasoning_parser: Some(self.reasoning_parser),
             device: Some(self.device),
             threads: Some(self.threads),
             gpu_memory_utilization: self.gpu_memory_utilization,

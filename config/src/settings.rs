@@ -8,7 +8,10 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ConfigError;
-use crate::values::{DeviceChoice, GenerationConfig, LogFormat, LogLevel, SchedulingPolicy, kv_cache_dtype};
+use crate::values::{
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
+    kv_cache_dtype,
+};
 
 /// Every knob, as far as it was set. Names are vLLM's where it has the same knob.
 #[derive(Clone, Default, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -83,6 +86,16 @@ pub struct Settings {
     #[arg(long, env = "MXSERVE_CHAT_TEMPLATE", value_name = "FILE", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
+
+    /// How the model writes calls of tools [default: auto, what its chat template shows]
+    #[arg(long, env = "MXSERVE_TOOL_CALL_PARSER", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_call_parser: Option<ToolCallParser>,
+
+    /// How the model writes what it thinks before it answers [default: auto, what its chat template shows]
+    #[arg(long, env = "MXSERVE_REASONING_PARSER", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_parser: Option<ReasoningParser>,
 
     /// Where the sampling parameters' defaults come from [default: auto]
     #[arg(long, env = "MXSERVE_GENERATION_CONFIG", help_heading = "Model")]
@@ -270,6 +283,8 @@ impl Settings {
             shutdown_timeout,
             max_model_len,
             chat_template,
+            tool_call_parser,
+            reasoning_parser,
             generation_config,
             device,
             threads,

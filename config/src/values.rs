@@ -133,6 +133,38 @@ pub enum SchedulingPolicy {
     Priority,
 }
 
+/// How the model writes calls of tools; vLLM's names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ToolCallParser {
+    /// What the chat template shows.
+    #[default]
+    Auto,
+    /// `<tool_call>{…}</tool_call>`: Nous Hermes, Qwen2.5, Qwen3.
+    Hermes,
+    /// `{"name": …, "parameters": …}` and nothing else: Llama 3.1 and later.
+    Llama3Json,
+    /// `[TOOL_CALLS]…`.
+    Mistral,
+}
+
+/// How the model writes what it thinks before it answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ReasoningParser {
+    /// What the chat template shows.
+    #[default]
+    Auto,
+    /// It does not, or what it thinks belongs to its answer.
+    None,
+    /// `<think>…</think>`.
+    #[value(alias = "deepseek_r1", alias = "qwen3")]
+    #[serde(alias = "deepseek_r1", alias = "qwen3")]
+    Think,
+}
+
 /// The least important log lines that are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -2,11 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod answer;
 pub mod bench;
 pub mod cli;
 pub mod demo;
 mod device;
 pub mod engine;
+pub mod grammar;
 pub mod http;
 pub mod model;
 pub mod serve;

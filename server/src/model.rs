@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use config::{GenerationConfig as DefaultsFrom, ServerConfig};
+use config::{GenerationConfig as DefaultsFrom, ReasoningParser, ServerConfig, ToolCallParser};
 use models::checkpoint::{Checkpoint, CheckpointError};
 use models::{ConfigError, GenerationConfig, ModelConfig, ModelError};
 
+use crate::answer::ToolFormat;
 use crate::device::{self, ShareOfCpu, engine_options};
 use crate::engine::{EngineError, EngineHandle};
+use crate::grammar::GrammarCompiler;
 use crate::telemetry::{EngineMetrics, Telemetry};
 use crate::tokenizer::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
 
@@ -68,9 +70,15 @@ pub struct ServedModel {
     /// Sequences that the engine takes at a time, running and waiting.
     pub(crate) max_sequences: usize,
     /// `None`: prompts are token ids, answers have no text.
-    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// Structured output; as the tokenizer.
+    pub(crate) grammars: Option<Arc<GrammarCompiler>>,
     /// Or why there is none.
     pub(crate) chat_template: Result<ChatTemplate, String>,
+    /// How the model writes calls of tools; `None`: nothing says that it can.
+    pub(crate) tool_format: Option<ToolFormat>,
+    /// Whether the model may think before it answers, between `<think>` and `</think>`.
+    pub(crate) reasons: bool,
     /// Defaults of the sampling parameters, and the end-of-sequence tokens.
     pub(crate) defaults: GenerationConfig,
 }
@@ -103,8 +111,8 @@ impl ServedModel {
         }
         let checkpoint = Checkpoint::open(folder)?;
         let model_config = ModelConfig::parse(checkpoint.config())?;
-        let tokenizer = Tokenizer::load(folder)?;
-        let chat_template = load_template(config, folder, tokenizer.as_ref())?;
+        let tokenizer = Tokenizer::load(folder)?.map(Arc::new);
+        let chat_template = load_template(config, folder, tokenizer.as_deref())?;
         let mut defaults = GenerationConfig::read(folder, &model_config)?;
         if config.generation_config == DefaultsFrom::Vllm {
             defaults =
@@ -117,6 +125,12 @@ impl ServedModel {
             let model = models::load(backend.as_ref(), &checkpoint)?;
             Ok::<_, OpenError>((backend, model))
         })?;
+        let grammars = tokenizer.as_ref().map(|tokenizer| {
+            let vocab_size = engine.info().vocab_size;
+            let compiler =
+                GrammarCompiler::new(Arc::clone(tokenizer), vocab_size, defaults.eos_token_ids.clone());
+            Arc::new(compiler)
+        });
         Ok(Self {
             names: served_names(config, folder),
             root: folder.display().to_string(),
@@ -124,9 +138,31 @@ impl ServedModel {
             max_sequences: engine.info().max_num_seqs.saturating_add(config.max_num_queued_reqs),
             engine,
             tokenizer,
+            grammars,
+            tool_format: tool_format(config, chat_template.as_ref().ok()),
+            reasons: reasons(config, chat_template.as_ref().ok()),
             chat_template,
             defaults,
         })
+    }
+}
+
+/// How the model writes calls of tools, if its template tells it of any.
+fn tool_format(config: &ServerConfig, template: Option<&ChatTemplate>) -> Option<ToolFormat> {
+    let source = template.map(ChatTemplate::source).filter(|source| source.contains("tools"))?;
+    match config.tool_call_parser {
+        ToolCallParser::Auto => ToolFormat::of_template(source),
+        ToolCallParser::Hermes => Some(ToolFormat::Hermes),
+        ToolCallParser::Llama3Json => Some(ToolFormat::Llama3Json),
+        ToolCallParser::Mistral => Some(ToolFormat::Mistral),
+    }
+}
+
+fn reasons(config: &ServerConfig, template: Option<&ChatTemplate>) -> bool {
+    match config.reasoning_parser {
+        ReasoningParser::Auto => template.is_some_and(|template| template.source().contains("</think>")),
+        ReasoningParser::None => false,
+        ReasoningParser::Think => true,
     }
 }
 

@@ -12,6 +12,7 @@ use models::Model;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::mask_workers::Constraints;
 use super::stats::StatsCell;
 use super::{
     Batch, Engine, EngineError, EngineInfo, EngineObserver, EngineOptions, EngineStats, GenerateRequest,
@@ -255,6 +256,7 @@ fn build(
     let engine = Engine {
         scheduler: Scheduler::new(sizes.limits, options.features(), sizes.kv_blocks),
         runner,
+        constraints: Constraints::default(),
         clients: std::collections::BTreeMap::new(),
         observer,
         status,

@@ -5,8 +5,10 @@
 //! the scheduler takes note, clients hear of it. Device handles never leave the engine's thread.
 
 mod block_manager;
+mod constraint;
 mod decode_graphs;
 mod handle;
+mod mask_workers;
 mod offline;
 mod options;
 mod prefix_cache;
@@ -25,6 +27,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+pub use constraint::{Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
 pub use handle::{EngineHandle, Loaded};
 pub use offline::{OfflineBatch, OfflineSizes};
 pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
@@ -34,6 +37,7 @@ pub use request::{
 pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};
 
 use handle::{Command, Status, Submission};
+use mask_workers::Constraints;
 use runner::{ModelRunner, StepOutput};
 use scheduler::{Batch, Scheduler, Update};
 use sequence::{PromptDone, Sequence, SequenceId};
@@ -43,6 +47,7 @@ use stats::Clock;
 struct Engine {
     scheduler: Scheduler,
     runner: ModelRunner,
+    constraints: Constraints,
     /// Who listens to each sequence.
     clients: BTreeMap<SequenceId, Client>,
     observer: Box<dyn EngineObserver>,
@@ -90,7 +95,8 @@ impl Engine {
         self.note_scheduled();
         self.runner.launch(self.scheduler.running(), &self.batch);
         self.tell();
-        self.runner.finish(self.scheduler.running(), &self.batch, &mut self.output);
+        self.runner.finish(self.scheduler.running(), &self.batch, &mut self.constraints, &mut self.output);
+        self.follow_grammars();
         for (index, logprobs) in self.output.prompt_logprobs.drain(..) {
             self.scheduler.running_mut()[index].score_prompt(logprobs);
         }
@@ -126,7 +132,32 @@ impl Engine {
         self.next_id = SequenceId(id.0 + 1);
         let client = Client { request_id: request.id.clone(), events, clock: Clock::new(submitted) };
         self.clients.insert(id, client);
+        if let Some(grammar) = &request.sampling.grammar {
+            self.constraints.begin(id, grammar.clone());
+        }
         self.scheduler.add(Sequence::new(id, request, self.max_model_len));
+    }
+
+    /// Moves the grammars of constrained sequences on by what was drawn, so that their next masks are computed while
+    /// the step is told of and the next one runs. A sequence whose grammar ends there ends with this token.
+    fn follow_grammars(&mut self) {
+        let sampled = self.batch.items.iter().filter(|item| item.samples);
+        for (item, &token) in sampled.zip(&self.output.tokens) {
+            let sequence = &mut self.scheduler.running_mut()[item.index];
+            if sequence.sampling().grammar.is_none() {
+                continue;
+            }
+            match self.constraints.follow(sequence.id(), token) {
+                Ok(Progress::Open) => {}
+                Ok(Progress::Complete) => sequence.end_with_next(FinishReason::GrammarEnd),
+                Err(error) => {
+                    if let Some(client) = self.clients.get(&sequence.id()) {
+                        tracing::warn!(request = client.request_id, "a grammar is given up: {error}");
+                    }
+                    sequence.end_with_next(FinishReason::GrammarLost);
+                }
+            }
+        }
     }
 
     /// Drops the sequences whose clients went away.
@@ -200,6 +231,7 @@ impl Engine {
 
     /// Ends a sequence that the scheduler has let go; `None` when its client went away.
     fn end(&mut self, id: SequenceId, reason: Option<FinishReason>, usage: Usage, now: Instant) {
+        self.constraints.remove(id);
         let Some(client) = self.clients.remove(&id) else { return };
         self.observer.ended(&SequenceReport { reason, usage, timing: client.clock.timing(now) });
         // First the place in the queue, then the news: who waits for it may submit the next request at once.

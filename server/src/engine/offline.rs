@@ -8,6 +8,7 @@ use models::Model;
 
 use super::block_manager::{BlockManager, blocks_for};
 use super::handle::Loaded;
+use super::mask_workers::Constraints;
 use super::options::{EngineError, EngineOptions, KvCacheSize};
 use super::request::{GenerateRequest, Sampling, Scheduling, StopConditions};
 use super::runner::{ModelRunner, StepOutput};
@@ -34,6 +35,8 @@ pub struct OfflineBatch {
     blocks: BlockManager,
     sizes: OfflineSizes,
     running: Vec<Sequence>,
+    /// None: nothing offline follows a grammar.
+    constraints: Constraints,
     batch: Batch,
     output: StepOutput,
 }
@@ -61,6 +64,7 @@ impl OfflineBatch {
             blocks: BlockManager::new(engine_sizes.kv_blocks),
             sizes: OfflineSizes { max_num_batched_tokens: options.max_num_batched_tokens, ..sizes },
             running: Vec::with_capacity(sizes.sequences),
+            constraints: Constraints::default(),
             batch: Batch::default(),
             output: StepOutput::default(),
         })
@@ -147,7 +151,7 @@ impl OfflineBatch {
             return;
         }
         self.runner.launch(&self.running, &self.batch);
-        self.runner.finish(&self.running, &self.batch, &mut self.output);
+        self.runner.finish(&self.running, &self.batch, &mut self.constraints, &mut self.output);
         let mut drawn = self.output.tokens.iter();
         for item in &self.batch.items {
             let sequence = &mut self.running[item.index];

@@ -5,6 +5,8 @@
 
 use kernels::TokenLogprobs;
 
+use super::constraint::SharedGrammar;
+
 /// One sequence to generate: a tokenized prompt and how to continue it.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
@@ -47,6 +49,11 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
     /// Only these tokens may be generated.
     pub allowed_token_ids: Option<Vec<u32>>,
+    /// The last token of each of these is not generated after the others, unless nothing else is possible.
+    pub bad_words: Vec<Vec<u32>>,
+    /// What the output must follow, to the end of the sequence. It goes before everything else: where no token is left
+    /// that all fields allow, only the grammar counts.
+    pub grammar: Option<SharedGrammar>,
 }
 
 impl Default for Sampling {
@@ -62,6 +69,8 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             logit_bias: Vec::new(),
             allowed_token_ids: None,
+            bad_words: Vec::new(),
+            grammar: None,
         }
     }
 }
@@ -127,6 +136,10 @@ pub enum FinishReason {
     Eos,
     /// One of `stop_token_ids`.
     StopToken(u32),
+    /// The output is complete by its grammar: nothing may follow, whatever `min_tokens` says.
+    GrammarEnd,
+    /// The grammar became too complex to be followed any further.
+    GrammarLost,
     /// The server is shutting down.
     Aborted,
 }

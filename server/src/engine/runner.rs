@@ -6,6 +6,7 @@ use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 
 use super::block_manager::blocks_for;
 use super::decode_graphs::{DecodeGraphs, DecodeStep};
+use super::mask_workers::Constraints;
 use super::options::{EngineError, EngineInfo, EngineOptions, ModelNeeds, Sizes};
 use super::sampler::{Drawn, Sampler};
 use super::scheduler::Batch;
@@ -140,14 +141,26 @@ impl ModelRunner {
     }
 
     /// Draws tokens and scores prompts of `batch`, which was [launched](Self::launch) for the same sequences; waits for
-    /// the device.
-    pub(super) fn finish(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
-        self.sample(running, batch, output);
+    /// the device and for the masks of `constraints`.
+    pub(super) fn finish(
+        &mut self,
+        running: &[Sequence],
+        batch: &Batch,
+        constraints: &mut Constraints,
+        output: &mut StepOutput,
+    ) {
+        self.sample(running, batch, constraints, output);
         self.score_prompts(running, batch, output);
     }
 
     /// Draws a token for each item that samples, from the logits of its last row.
-    fn sample(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+    fn sample(
+        &mut self,
+        running: &[Sequence],
+        batch: &Batch,
+        constraints: &mut Constraints,
+        output: &mut StepOutput,
+    ) {
         output.drawn.clear();
         let mut end = 0;
         let due: Vec<(u32, &Sequence)> = batch
@@ -164,7 +177,8 @@ impl ModelRunner {
             }
             let sequences: Vec<&Sequence> = chunk.iter().map(|&(_, sequence)| sequence).collect();
             let logits = self.workspace.logits_mut();
-            self.sampler.draw(self.backend.as_ref(), logits, &sequences, &mut output.drawn);
+            let backend = self.backend.as_ref();
+            self.sampler.draw(backend, logits, &sequences, constraints, &mut output.drawn);
         }
         output.tokens.clear();
         output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));

@@ -3,6 +3,8 @@
 
 use kernels::{Backend, Buffer, SampleParams, TokenLogprobs};
 
+use super::constraint::TokenMask;
+use super::mask_workers::Constraints;
 use super::request::Sampling;
 use super::sequence::{Sequence, TokenCounts};
 
@@ -44,12 +46,13 @@ impl Sampler {
     }
 
     /// Draws the next token of each of `sequences`, whose logits are the rows of `logits`, `[_, vocab]`, in order;
-    /// appends to `out`.
+    /// appends to `out`. Waits for the masks of those that follow a grammar.
     pub(super) fn draw(
         &mut self,
         backend: &dyn Backend,
         logits: &mut Buffer,
         sequences: &[&Sequence],
+        constraints: &mut Constraints,
         out: &mut Vec<Drawn>,
     ) {
         let vocab = self.raw.len();
@@ -62,7 +65,7 @@ impl Sampler {
         for (index, sequence) in sequences.iter().enumerate().filter(|(_, sequence)| is_processed(sequence)) {
             backend.read_f32(logits, index * vocab, &mut self.raw);
             self.row.clone_from(&self.raw);
-            process(sequence, &mut self.row);
+            process(sequence, constraints.mask(sequence.id()), &self.raw, &mut self.row);
             backend.write_f32(logits, index * vocab, &self.row);
             if sequence.logprobs().is_some() {
                 restore.push((index, self.raw.clone()));
@@ -110,19 +113,30 @@ fn is_too_short_to_stop(sequence: &Sequence) -> bool {
 
 /// Whether the sequence's logits must be changed before sampling.
 fn is_processed(sequence: &Sequence) -> bool {
-    let Sampling { logit_bias, allowed_token_ids, .. } = sequence.sampling();
+    let Sampling { logit_bias, allowed_token_ids, bad_words, grammar, .. } = sequence.sampling();
     sequence.counts().is_some()
+        || grammar.is_some()
+        || !bad_words.is_empty()
         || !logit_bias.is_empty()
         || allowed_token_ids.is_some()
         || is_too_short_to_stop(sequence)
 }
 
-/// Applies masks, bias and penalties to one row of logits, in vLLM's order. Ids outside the vocabulary are skipped.
-fn process(sequence: &Sequence, row: &mut [f32]) {
+/// Applies masks, bias and penalties to one row of logits, a copy of `raw`, in vLLM's order. Ids outside the vocabulary
+/// are skipped. `mask`: what the grammar allows.
+fn process(sequence: &Sequence, mask: Option<&TokenMask>, raw: &[f32], row: &mut [f32]) {
     let sampling = sequence.sampling();
+    if let Some(mask) = mask {
+        mask.apply(row);
+    }
     if let Some(allowed) = &sampling.allowed_token_ids {
         keep_only(row, allowed);
+        if let Some(mask) = mask.filter(|_| row.iter().all(|&logit| logit == f32::NEG_INFINITY)) {
+            row.copy_from_slice(raw);
+            mask.apply(row);
+        }
     }
+    forbid(row, bad_endings(sequence));
     if is_too_short_to_stop(sequence) {
         let stop = sequence.stop();
         forbid(row, stop.eos_token_ids.iter().chain(&stop.stop_token_ids).copied());
@@ -154,8 +168,20 @@ fn keep_only(row: &mut [f32], allowed: &[u32]) {
     }
 }
 
+/// The tokens that would complete one of `bad_words`.
+fn bad_endings(sequence: &Sequence) -> impl Iterator<Item = u32> + Clone {
+    let output = &sequence.tokens()[sequence.prompt_len()..];
+    sequence.sampling().bad_words.iter().filter_map(|word| {
+        let (last, before) = word.split_last()?;
+        output.ends_with(before).then_some(*last)
+    })
+}
+
 /// Masks `tokens`, unless nothing else is possible: a row without any possible token has no meaning.
 fn forbid(row: &mut [f32], tokens: impl Iterator<Item = u32> + Clone) {
+    if tokens.clone().next().is_none() {
+        return;
+    }
     let is_forbidden = |token: usize| tokens.clone().any(|other| other as usize == token);
     let other_is_possible =
         row.iter().enumerate().any(|(token, &logit)| logit > f32::NEG_INFINITY && !is_forbidden(token));
@@ -201,7 +227,7 @@ mod tests {
             ..StopConditions::default()
         };
         let none = StopConditions::default;
-        let cases: [(&str, Sampling, StopConditions, [f32; 4]); 12] = [
+        let cases: [(&str, Sampling, StopConditions, [f32; 4]); 15] = [
             (
                 "presence: once for each generated token",
                 Sampling { presence_penalty: 1.0, ..off() },
@@ -244,6 +270,24 @@ mod tests {
                 none(),
                 [NO, 2.0, NO, NO],
             ),
+            (
+                "a bad word of one token",
+                Sampling { bad_words: vec![vec![0]], ..off() },
+                none(),
+                [NO, 2.0, -2.0, 1.0],
+            ),
+            (
+                "a bad word of several, where the others were said",
+                Sampling { bad_words: vec![vec![2, 2, 3], vec![1, 2, 0], vec![0, 1, 1]], ..off() },
+                none(),
+                [4.0, 2.0, -2.0, NO],
+            ),
+            (
+                "nothing but bad words",
+                Sampling { bad_words: vec![vec![0], vec![1]], allowed_token_ids: Some(vec![0, 1]), ..off() },
+                none(),
+                [4.0, 2.0, NO, NO],
+            ),
             ("too short to stop", off(), until(4, &[0], &[3]), [NO, 2.0, -2.0, NO]),
             ("long enough to stop", off(), until(3, &[0], &[3]), [4.0, 2.0, -2.0, 1.0]),
             (
@@ -258,12 +302,30 @@ mod tests {
         for (name, sampling, stop, expected) in cases {
             let sequence = sequence(sampling, stop);
             let mut row = [4.0, 2.0, -2.0, 1.0];
-            process(&sequence, &mut row);
+            process(&sequence, None, &[4.0, 2.0, -2.0, 1.0], &mut row);
             assert_eq!(row, expected, "{name}");
             if !is_processed(&sequence) {
                 assert_eq!(row, [4.0, 2.0, -2.0, 1.0], "{name}: a row that is left alone would not change");
             }
         }
+    }
+
+    #[test]
+    fn a_grammar_goes_before_everything_else() {
+        const NO: f32 = f32::NEG_INFINITY;
+        let raw = [4.0, 2.0, -2.0, 1.0];
+        let processed = |sampling: Sampling| {
+            let stop = StopConditions { min_tokens: 9, eos_token_ids: vec![3], ..StopConditions::default() };
+            let mut row = raw;
+            let mask = TokenMask::from_words(vec![0b1010]);
+            process(&sequence(sampling, stop), Some(&mask), &raw, &mut row);
+            row
+        };
+        assert_eq!(processed(Sampling::default()), [NO, 2.0, NO, NO], "too short to stop");
+        let only = |ids: &[u32]| Sampling { allowed_token_ids: Some(ids.to_vec()), ..Sampling::default() };
+        assert_eq!(processed(only(&[0, 1])), [NO, 2.0, NO, NO]);
+        assert_eq!(processed(only(&[0, 2])), [NO, 2.0, NO, NO], "nothing would be left");
+        assert_eq!(processed(only(&[3])), [NO, NO, NO, 1.0], "it must stop");
     }
 
     #[test]

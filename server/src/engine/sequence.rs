@@ -45,6 +45,8 @@ pub(super) struct Sequence {
     /// Whether the whole prompt was ever computed.
     prompt_done: bool,
     counts: Option<TokenCounts>,
+    /// Why the next token will be the last, whatever it is.
+    ends_next: Option<FinishReason>,
     finish: Option<FinishReason>,
 }
 
@@ -91,6 +93,7 @@ impl Sequence {
             logprobs,
             prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { top, scored: Vec::new() }),
             prompt_done: false,
+            ends_next: None,
             finish: None,
         }
     }
@@ -211,6 +214,11 @@ impl Sequence {
         self.finish = self.finish_after(token);
     }
 
+    /// The next token to be appended will be the last, for this reason if there is no other.
+    pub(super) fn end_with_next(&mut self, reason: FinishReason) {
+        self.ends_next = Some(reason);
+    }
+
     /// Ends a sequence that generates nothing.
     pub(super) fn finish_without_token(&mut self) {
         self.finish = Some(FinishReason::Length);
@@ -268,6 +276,8 @@ impl Sequence {
             Some(FinishReason::Eos)
         } else if may_stop && self.stop.stop_token_ids.contains(&token) {
             Some(FinishReason::StopToken(token))
+        } else if self.ends_next.is_some() {
+            self.ends_next
         } else if self.tokens.len() >= self.max_len {
             Some(FinishReason::Length)
         } else {

@@ -7,6 +7,7 @@ use config::ServerConfig;
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
+use super::responses::ResponseStore;
 use crate::model::ServedModel;
 use crate::telemetry::Telemetry;
 
@@ -16,6 +17,7 @@ pub struct App {
     config: ServerConfig,
     telemetry: Arc<Telemetry>,
     model: OnceLock<Arc<ServedModel>>,
+    responses: ResponseStore,
     /// A permit per processor: more preparations at once would only hold more memory.
     preparations: Semaphore,
 }
@@ -24,7 +26,13 @@ impl App {
     /// A server whose model is still to come.
     pub fn new(config: ServerConfig, telemetry: Arc<Telemetry>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self { config, telemetry, model: OnceLock::new(), preparations: Semaphore::new(processors) }
+        Self {
+            config,
+            telemetry,
+            model: OnceLock::new(),
+            responses: ResponseStore::default(),
+            preparations: Semaphore::new(processors),
+        }
     }
 
     /// The model is loaded: from now on requests are taken. Only the first call has an effect.
@@ -40,6 +48,11 @@ impl App {
     /// The metrics.
     pub fn telemetry(&self) -> &Arc<Telemetry> {
         &self.telemetry
+    }
+
+    /// What `/v1/responses` keeps.
+    pub(super) fn responses(&self) -> &ResponseStore {
+        &self.responses
     }
 
     /// The model, if it is loaded.

@@ -6,24 +6,27 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures::stream;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::App;
-use super::chat_messages::{ChatPromptFields, check_messages};
+use super::chat_answer::{ChatResponse, Choice, ChunkChoice, Common, MessageBuilder, MessageDelta};
+use super::chat_messages::{ChatPrompt, ChatPromptFields, check_messages};
 use super::check::{self, require};
 use super::error::ApiError;
-use super::generation::{Delta, Generation, Output, StopReason};
+use super::generation::{Delta, Generation, Output};
 use super::json::JsonBody;
-use super::logprobs::{ChatLogprobs, PromptLogprobs, TokenNames, prompt_logprobs};
+use super::logprobs::{ChatLogprobs, TokenNames, prompt_logprobs};
 use super::request_id::RequestId;
 use super::sampling::{SamplingFields, SamplingPlan};
+use super::structured_output::StructuredOutput;
+use super::tools::ToolPlan;
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
-use crate::engine::GenerateRequest;
+use crate::answer::{AnswerParser, Part, ToolFormat};
+use crate::engine::{GenerateRequest, SharedGrammar};
+use crate::grammar::{GrammarOptions, ReasoningTokens};
 use crate::model::ServedModel;
-
-const ROLE: &str = "assistant";
 
 /// The fields that only chats have, besides those that make the prompt.
 #[derive(Debug, Deserialize)]
@@ -38,65 +41,7 @@ struct ChatFields {
     #[serde(default, deserialize_with = "super::integer::optional")]
     top_logprobs: Option<i64>,
     request_id: Option<String>,
-}
-
-#[derive(Debug, Serialize)]
-struct ChatResponse<C> {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    choices: Vec<C>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_logprobs: Option<PromptLogprobs>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<Vec<u32>>,
-}
-
-/// A whole answer.
-#[derive(Debug, Serialize)]
-struct Choice {
-    index: usize,
-    message: Message,
-    #[serde(flatten)]
-    part: Part,
-}
-
-#[derive(Debug, Serialize)]
-struct Message {
-    role: &'static str,
-    content: String,
-    refusal: Option<String>,
-}
-
-/// A part of an answer, as a stream sends it.
-#[derive(Debug, Serialize)]
-struct ChunkChoice {
-    index: usize,
-    delta: MessageDelta,
-    #[serde(flatten)]
-    part: Part,
-}
-
-#[derive(Debug, Serialize)]
-struct MessageDelta {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    content: String,
-}
-
-/// What a whole answer and a part of one have in common.
-#[derive(Debug, Default, Serialize)]
-struct Part {
-    #[serde(skip)]
-    content: String,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<&'static str>,
-    stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<u32>>,
+    include_reasoning: Option<bool>,
 }
 
 /// `POST /v1/chat/completions`: answers a conversation.
@@ -105,59 +50,157 @@ pub(super) async fn chat(
     request_id: RequestId,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let model = Arc::clone(app.model()?);
-    let fields: ChatFields = body.read()?;
-    request_id.adopt(fields.request_id.as_deref());
-    unsupported::check_chat(&body)?;
-    let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
-    let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
+    let chat = Chat::read(&app, &request_id, &body)?;
     let streaming = body.read::<StreamFields>()?.plan()?;
-    let prompt_fields: ChatPromptFields = body.read()?;
-    let whole = plan.prompt_logprobs.is_none() || streaming.is_none();
+    let whole = chat.plan.prompt_logprobs.is_none() || streaming.is_none();
     require("prompt_logprobs", whole, "absent in a stream")?;
-    let wanted = fields.logprobs.unwrap_or(false);
-    require(
-        "top_logprobs",
-        wanted || fields.top_logprobs.unwrap_or(0) == 0,
-        "absent without logprobs: true",
-    )?;
-    let top_logprobs = check::logprobs("top_logprobs", fields.top_logprobs.unwrap_or(0))?;
-    require("max_completion_tokens", fields.max_completion_tokens != Some(0), "at least 1")?;
-    require("max_tokens", fields.max_tokens != Some(0), "at least 1")?;
-    let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
-
-    check_messages(&fields.messages)?;
-    let (tokenizing, messages, truncate) = (Arc::clone(&model), fields.messages, plan.truncate_prompt);
-    let mut prompt = app
-        .off_the_reactor(move || {
-            let limited = truncate.is_none().then_some("messages");
-            prompt_fields.prompt(&tokenizing, &messages, limited)
-        })
-        .await?;
-    prompt.drain(..truncate.map_or(0, |keep| prompt.len().saturating_sub(keep)));
-
-    let id = format!("chatcmpl-{request_id}");
-    model.require_capacity(1, plan.n)?;
-    let stop = plan.stop_for("messages", prompt.len(), max_tokens, model.max_model_len())?;
-    let requests = (0..plan.n).map(|index| GenerateRequest {
-        id: format!("{id}-{index}"),
-        prompt: prompt.clone(),
-        sampling: plan.sampling_of(index),
-        stop: stop.clone(),
-        scheduling: plan.scheduling.clone(),
-        logprobs: wanted.then_some(top_logprobs),
-        prompt_logprobs: plan.prompt_logprobs,
-    });
-    let generation = Generation::start(&model, app.telemetry(), &plan, requests.collect(), prompt.len())?;
-    let answer = Answer { id, created: super::unix_time(), served_name, model, plan, prompt, generation };
+    let answer = chat.start(&app, format!("chatcmpl-{request_id}")).await?;
     match streaming {
         None => answer.whole().await.map(|whole| Json(whole).into_response()),
         Some(streaming) => Ok(answer.stream(streaming)),
     }
 }
 
+/// A checked request.
+pub(super) struct Chat {
+    model: Arc<ServedModel>,
+    served_name: String,
+    messages: Vec<Map<String, Value>>,
+    prompt: ChatPromptFields,
+    plan: SamplingPlan,
+    max_tokens: Option<usize>,
+    logprobs: Option<usize>,
+    structured: Option<StructuredOutput>,
+    tools: Option<ToolPlan>,
+    include_reasoning: bool,
+}
+
+impl Chat {
+    /// Reads and checks the fields.
+    pub(super) fn read(app: &App, request_id: &RequestId, body: &JsonBody) -> Result<Self, ApiError> {
+        let model = Arc::clone(app.model()?);
+        let fields: ChatFields = body.read()?;
+        request_id.adopt(fields.request_id.as_deref());
+        unsupported::check_chat(body)?;
+        let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
+        let mut plan = body.read::<SamplingFields>()?.plan(model.facts())?;
+        let structured = StructuredOutput::read(body)?;
+        let tools = ToolPlan::read(body, model.tool_format)?;
+        if let Some(structured) = &structured
+            && tools.as_ref().is_some_and(ToolPlan::forces_a_call)
+        {
+            let message =
+                format!("{} and a tool_choice that forces a call exclude each other", structured.field);
+            return Err(ApiError::field(structured.field, message));
+        }
+        // Markers of calls may be special tokens.
+        plan.skip_special_tokens &= tools.is_none();
+        let wanted = fields.logprobs.unwrap_or(false);
+        require(
+            "top_logprobs",
+            wanted || fields.top_logprobs.unwrap_or(0) == 0,
+            "absent without logprobs: true",
+        )?;
+        let top_logprobs = check::logprobs("top_logprobs", fields.top_logprobs.unwrap_or(0))?;
+        require("max_completion_tokens", fields.max_completion_tokens != Some(0), "at least 1")?;
+        require("max_tokens", fields.max_tokens != Some(0), "at least 1")?;
+        check_messages(&fields.messages)?;
+        Ok(Self {
+            model,
+            served_name,
+            messages: fields.messages,
+            prompt: body.read()?,
+            plan,
+            max_tokens: fields.max_completion_tokens.or(fields.max_tokens),
+            logprobs: wanted.then_some(top_logprobs),
+            structured,
+            tools,
+            include_reasoning: fields.include_reasoning.unwrap_or(true),
+        })
+    }
+
+    /// The name by which the model was asked for.
+    pub(super) fn served_name(&self) -> &str {
+        &self.served_name
+    }
+
+    /// Makes the prompt and the grammar, and submits the sequences.
+    pub(super) async fn start(self, app: &App, id: String) -> Result<ChatAnswer, ApiError> {
+        let Self { model, prompt, messages, mut plan, structured, tools, .. } = self;
+        model.require_capacity(1, plan.n)?;
+        let (preparing, truncate, ignore_eos) = (Arc::clone(&model), plan.truncate_prompt, plan.ignore_eos);
+        let (mut prompt, grammar, tools) = app
+            .off_the_reactor(move || {
+                let limited = truncate.is_none().then_some("messages");
+                let prompt = prompt.prompt(&preparing, messages, limited)?;
+                let reasoning = reasoning_tokens(&preparing, &prompt);
+                let options = GrammarOptions { ignore_eos, reasoning };
+                let grammar = compile(&preparing, structured.as_ref(), tools.as_ref(), options)?;
+                Ok((prompt, grammar, tools))
+            })
+            .await?;
+        plan.sampling.grammar = grammar;
+        prompt.ids.drain(..truncate.map_or(0, |keep| prompt.ids.len().saturating_sub(keep)));
+        let stop = plan.stop_for("messages", prompt.ids.len(), self.max_tokens, model.max_model_len())?;
+        let requests = (0..plan.n).map(|index| GenerateRequest {
+            id: format!("{id}-{index}"),
+            prompt: prompt.ids.clone(),
+            sampling: plan.sampling_of(index),
+            stop: stop.clone(),
+            scheduling: plan.scheduling.clone(),
+            logprobs: self.logprobs,
+            prompt_logprobs: plan.prompt_logprobs,
+        });
+        let generation =
+            Generation::start(&model, app.telemetry(), &plan, requests.collect(), prompt.ids.len())?;
+        let parser = || {
+            let mut parser = AnswerParser::new();
+            if model.reasons {
+                parser = parser.with_reasoning(prompt.begins_reasoning);
+            }
+            match tools.as_ref().and_then(ToolPlan::parser) {
+                Some(calls) => parser.with_tools(calls),
+                None => parser,
+            }
+        };
+        Ok(ChatAnswer {
+            id,
+            created: super::unix_time(),
+            served_name: self.served_name,
+            parsers: (0..plan.n).map(|_| parser()).collect(),
+            called: vec![false; plan.n],
+            tool_format: tools.map(|tools| tools.format),
+            include_reasoning: self.include_reasoning,
+            model,
+            plan,
+            prompt: prompt.ids,
+            generation,
+        })
+    }
+}
+
+/// What the answer must follow: calls that are forced, else what was asked for.
+fn compile(
+    model: &ServedModel,
+    structured: Option<&StructuredOutput>,
+    tools: Option<&ToolPlan>,
+    options: GrammarOptions,
+) -> Result<Option<SharedGrammar>, ApiError> {
+    match tools.filter(|tools| tools.forces_a_call()) {
+        Some(tools) => tools.compile(model, options).map(Some),
+        None => structured.map(|asked| asked.compile(model, options)).transpose(),
+    }
+}
+
+/// The tokens around what the model thinks, if it may think before its answer.
+fn reasoning_tokens(model: &ServedModel, prompt: &ChatPrompt) -> Option<ReasoningTokens> {
+    let tokenizer = model.tokenizer.as_deref().filter(|_| model.reasons)?;
+    let (begin, end) = (tokenizer.token_id("<think>")?, tokenizer.token_id("</think>")?);
+    Some(ReasoningTokens { begin, end, begun: prompt.begins_reasoning })
+}
+
 /// A running chat.
-struct Answer {
+pub(super) struct ChatAnswer {
     id: String,
     created: u64,
     served_name: String,
@@ -165,43 +208,84 @@ struct Answer {
     plan: SamplingPlan,
     prompt: Vec<u32>,
     generation: Generation,
+    /// Of each choice.
+    parsers: Vec<AnswerParser>,
+    /// Whether each choice has called a tool.
+    called: Vec<bool>,
+    tool_format: Option<ToolFormat>,
+    include_reasoning: bool,
 }
 
-impl Answer {
+impl ChatAnswer {
     fn names(&self) -> TokenNames<'_> {
-        TokenNames::new(self.model.tokenizer.as_ref(), self.plan.tokens_as_ids)
+        TokenNames::new(self.model.tokenizer.as_deref(), self.plan.tokens_as_ids)
     }
 
-    /// What a token adds to a sequence's answer.
-    fn part(&self, delta: Delta) -> Part {
-        let mut part = Part { content: delta.text, ..Part::default() };
+    /// Takes apart what a token adds to a choice.
+    fn parts(&mut self, index: usize, delta: Delta) -> (Vec<Part>, Common) {
+        let mut common = Common::default();
         if let Some(token) = &delta.token {
-            part.token_ids = self.plan.return_token_ids.then(|| vec![token.id]);
-            part.logprobs = token.logprobs.as_ref().map(|logprobs| {
+            common.token_ids = self.plan.return_token_ids.then(|| vec![token.id]);
+            common.logprobs = token.logprobs.as_ref().map(|logprobs| {
                 let mut list = ChatLogprobs::default();
                 list.push(token.id, logprobs, self.names());
                 list
             });
         }
+        let mut parts = self.parsers[index].push(&delta.text);
         if let Some(finish) = delta.finish {
-            part.finish_reason = Some(finish.reason);
-            part.stop_reason = finish.stop_reason;
+            parts.extend(self.parsers[index].finish());
+            common.finish_reason = Some(finish.reason);
+            common.stop_reason = finish.stop_reason;
         }
-        part
+        self.called[index] |= parts.iter().any(|part| matches!(part, Part::Call { .. }));
+        if self.called[index] && common.finish_reason == Some("stop") {
+            common.finish_reason = Some("tool_calls");
+        }
+        parts.retain(|part| self.include_reasoning || !matches!(part, Part::Reasoning(_)));
+        (parts, common)
+    }
+
+    /// What the next token adds, for an answer of one choice; `None` when it is complete.
+    pub(super) async fn next(&mut self) -> Option<Result<(Vec<Part>, Common), ApiError>> {
+        loop {
+            match self.generation.next().await? {
+                Ok((_, Output::Prompt(_))) => {}
+                Ok((index, Output::Delta(delta))) => return Some(Ok(self.parts(index, delta))),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+
+    /// Token counts so far.
+    pub(super) fn usage(&self) -> Usage {
+        self.generation.usage()
+    }
+
+    /// An id for a call of a tool.
+    pub(super) fn call_id(&self) -> String {
+        self.tool_format.unwrap_or(ToolFormat::Hermes).call_id()
     }
 
     async fn whole(mut self) -> Result<ChatResponse<Choice>, ApiError> {
-        let mut parts: Vec<Part> = (0..self.plan.n).map(|_| Part::default()).collect();
+        let mut choices: Vec<(MessageBuilder, Common)> =
+            (0..self.plan.n).map(|_| Default::default()).collect();
         let mut scores = None;
         while let Some(next) = self.generation.next().await {
             match next? {
                 (_, Output::Prompt(logprobs)) => scores = Some(logprobs),
-                (index, Output::Delta(delta)) => parts[index].append(self.part(delta)),
+                (index, Output::Delta(delta)) => {
+                    let (parts, common) = self.parts(index, delta);
+                    let (message, before) = &mut choices[index];
+                    parts.into_iter().for_each(|part| message.push(part, self.tool_format));
+                    before.append(common);
+                }
             }
         }
-        let choices = parts.into_iter().enumerate().map(|(index, mut part)| {
-            let content = std::mem::take(&mut part.content);
-            Choice { index, message: Message { role: ROLE, content, refusal: None }, part }
+        let choices = choices.into_iter().enumerate().map(|(index, (message, common))| Choice {
+            index,
+            message: message.finish(),
+            common,
         });
         let mut response = self.response("chat.completion", choices.collect(), Some(self.generation.usage()));
         response.prompt_logprobs = scores.map(|scores| {
@@ -236,17 +320,16 @@ impl Answer {
 
     /// An event of a stream; the first of a choice has the role.
     fn chunk(
-        &self,
+        &mut self,
         index: usize,
         first: bool,
         delta: Delta,
         streaming: Streaming,
     ) -> ChatResponse<ChunkChoice> {
-        let mut part = self.part(delta);
-        let content = std::mem::take(&mut part.content);
-        let delta = MessageDelta { role: first.then_some(ROLE), content };
+        let (parts, common) = self.parts(index, delta);
+        let delta = MessageDelta::new(first, parts, self.tool_format);
         let usage = streaming.continuous_usage.then(|| self.generation.usage());
-        let mut response = self.response(CHUNK, vec![ChunkChoice { index, delta, part }], usage);
+        let mut response = self.response(CHUNK, vec![ChunkChoice { index, delta, common }], usage);
         response.prompt_token_ids = (first && self.plan.return_token_ids).then(|| self.prompt.clone());
         response
     }
@@ -267,24 +350,6 @@ impl Answer {
 
 const CHUNK: &str = "chat.completion.chunk";
 
-impl Part {
-    /// Adds the part that follows.
-    fn append(&mut self, next: Self) {
-        self.content.push_str(&next.content);
-        match (&mut self.logprobs, next.logprobs) {
-            (Some(list), Some(next)) => list.append(next),
-            (list @ None, next) => *list = next,
-            (Some(_), None) => {}
-        }
-        self.token_ids = match (self.token_ids.take(), next.token_ids) {
-            (Some(ids), Some(next)) => Some([ids, next].concat()),
-            (ids, next) => ids.or(next),
-        };
-        self.finish_reason = next.finish_reason;
-        self.stop_reason = next.stop_reason;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -300,28 +365,5 @@ mod tests {
             let error = body.read::<ChatFields>().unwrap_err();
             assert!(matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field), "{error:?}");
         }
-    }
-
-    #[test]
-    fn a_chunk_has_a_delta_and_an_answer_a_message() {
-        let part = Part { finish_reason: Some("stop"), ..Part::default() };
-        let chunk = ChunkChoice { index: 0, delta: MessageDelta { role: None, content: "a".into() }, part };
-        let expected = json!({"index": 0, "delta": {"content": "a"}, "logprobs": null, "finish_reason": "stop",
-            "stop_reason": null});
-        assert_eq!(serde_json::to_value(chunk).unwrap(), expected);
-    }
-
-    #[test]
-    fn parts_add_up() {
-        let mut whole = Part::default();
-        whole.append(Part { content: "a".into(), token_ids: Some(vec![1]), ..Part::default() });
-        whole.append(Part {
-            content: "b".into(),
-            token_ids: Some(vec![2]),
-            finish_reason: Some("length"),
-            ..Part::default()
-        });
-        assert_eq!((whole.content.as_str(), whole.finish_reason), ("ab", Some("length")));
-        assert_eq!(whole.token_ids, Some(vec![1, 2]));
     }
 }

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::tools::parse_earlier_calls;
 use crate::model::ServedModel;
 use crate::tokenizer::RenderOptions;
 
@@ -16,17 +17,28 @@ pub(super) struct ChatPromptFields {
     add_special_tokens: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
     reasoning_effort: Option<Value>,
+    tools: Option<Vec<Value>>,
+}
+
+/// A chat's prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ChatPrompt {
+    /// Token ids; not empty.
+    pub(super) ids: Vec<u32>,
+    /// Whether the prompt ends where the model is to think.
+    pub(super) begins_reasoning: bool,
 }
 
 impl ChatPromptFields {
-    /// Token ids of the rendered messages. With `limited`, a text that cannot fit into the context is refused before
+    /// The rendered messages. With `limited`, a text that cannot fit into the context is refused before
     /// it is tokenized, and that field is blamed.
     pub(super) fn prompt(
         self,
         model: &ServedModel,
-        messages: &[Map<String, Value>],
+        mut messages: Vec<Map<String, Value>>,
         limited: Option<&'static str>,
-    ) -> Result<Vec<u32>, ApiError> {
+    ) -> Result<ChatPrompt, ApiError> {
+        parse_earlier_calls(&mut messages)?;
         let continue_final_message = self.continue_final_message.unwrap_or(false);
         if continue_final_message && self.add_generation_prompt == Some(true) {
             let message = "continue_final_message and add_generation_prompt exclude each other";
@@ -34,6 +46,8 @@ impl ChatPromptFields {
         }
         let mut kwargs = self.chat_template_kwargs.unwrap_or_default();
         // A variable of some templates; others do not know it.
+        let tools = self.tools.filter(|tools| !tools.is_empty());
+        kwargs.extend(tools.map(|tools| ("tools".to_owned(), Value::Array(tools))));
         kwargs.extend(self.reasoning_effort.map(|effort| ("reasoning_effort".to_owned(), effort)));
         let options = RenderOptions {
             add_generation_prompt: self.add_generation_prompt.unwrap_or(!continue_final_message),
@@ -42,7 +56,7 @@ impl ChatPromptFields {
         };
         let template = model.chat_template()?;
         let text = template
-            .render(messages, &options)
+            .render(&messages, &options)
             .map_err(|error| ApiError::field("messages", error.to_string()))?;
         if let Some(field) = limited {
             model.require_possible(field, &text)?;
@@ -52,7 +66,7 @@ impl ChatPromptFields {
         if ids.is_empty() {
             return Err(ApiError::field("messages", "messages must not be empty: they have no tokens"));
         }
-        Ok(ids)
+        Ok(ChatPrompt { ids, begins_reasoning: text.trim_end().ends_with("<think>") })
     }
 }
 

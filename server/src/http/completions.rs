@@ -19,9 +19,11 @@ use super::logprobs::{CompletionLogprobs, PromptLogprobs, TokenNames, prompt_log
 use super::prompt::{Prompt, PromptOptions, parse_prompts};
 use super::request_id::RequestId;
 use super::sampling::{SamplingFields, SamplingPlan};
+use super::structured_output::StructuredOutput;
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::engine::GenerateRequest;
+use crate::grammar::GrammarOptions;
 use crate::model::ServedModel;
 
 /// vLLM's and OpenAI's default.
@@ -81,7 +83,8 @@ pub(super) async fn complete(
     let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
     let streaming = body.read::<StreamFields>()?.plan()?;
     let prompt = body.take("prompt");
-    let completion = Completion::prepare(&app, &model, &fields, prompt, plan, streaming).await?;
+    let structured = StructuredOutput::read(&body)?;
+    let completion = Completion::prepare(&app, &model, &fields, prompt, plan, structured, streaming).await?;
     let id = format!("cmpl-{request_id}");
     let requests = completion.requests(&id)?;
     let generation =
@@ -109,7 +112,8 @@ impl Completion {
         model: &Arc<ServedModel>,
         fields: &CompletionFields,
         prompt: Value,
-        plan: SamplingPlan,
+        mut plan: SamplingPlan,
+        structured: Option<StructuredOutput>,
         streaming: Option<Streaming>,
     ) -> Result<Self, ApiError> {
         let echo = fields.echo.unwrap_or(false);
@@ -123,11 +127,17 @@ impl Completion {
             truncate: plan.truncate_prompt,
             echo,
         };
-        let tokenizing = Arc::clone(model);
-        let prompts = app
+        let preparing = Arc::clone(model);
+        let ignore_eos = plan.ignore_eos;
+        let prompts;
+        (prompts, plan.sampling.grammar) = app
             .off_the_reactor(move || {
-                let given = parse_prompts(prompt, tokenizing.longest_prompt(options.truncate))?;
-                given.into_iter().map(|prompt| prompt.prepare(&tokenizing, options)).collect::<Result<_, _>>()
+                let given = parse_prompts(prompt, preparing.longest_prompt(options.truncate))?;
+                let prompts: Result<Vec<_>, _> =
+                    given.into_iter().map(|prompt| prompt.prepare(&preparing, options)).collect();
+                let grammar = GrammarOptions { ignore_eos, reasoning: None };
+                let grammar = structured.map(|asked| asked.compile(&preparing, grammar)).transpose()?;
+                Ok((prompts?, grammar))
             })
             .await?;
         Ok(Self { model: Arc::clone(model), prompts, plan, max_tokens, echo, logprobs })
@@ -166,7 +176,7 @@ impl Completion {
     }
 
     fn names(&self) -> TokenNames<'_> {
-        TokenNames::new(self.model.tokenizer.as_ref(), self.plan.tokens_as_ids)
+        TokenNames::new(self.model.tokenizer.as_deref(), self.plan.tokens_as_ids)
     }
 
     /// What a sequence's answer begins with: the echoed prompt and what was asked about it.

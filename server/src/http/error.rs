@@ -24,6 +24,9 @@ pub enum ApiError {
     /// Not a model of this server.
     #[error("the model '{0}' does not exist")]
     UnknownModel(String),
+    /// Not a response that this server still has.
+    #[error("there is no response '{0}', or it is no longer kept")]
+    UnknownResponse(String),
     /// Not a path of this server.
     #[error("there is no {0} here")]
     UnknownRoute(String),
@@ -42,6 +45,9 @@ pub enum ApiError {
         /// Sequences waiting.
         queued: usize,
     },
+    /// A grammar's next tokens could not be computed within their limits.
+    #[error("the grammar of the structured output is too complex to be followed")]
+    GrammarLost,
     /// The model is being loaded.
     #[error("the model is being loaded; try again later")]
     Loading,
@@ -82,9 +88,11 @@ impl ApiError {
     /// The status and the type's name.
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::BadRequest { .. } => (StatusCode::BAD_REQUEST, "BadRequestError"),
+            Self::BadRequest { .. } | Self::GrammarLost => (StatusCode::BAD_REQUEST, "BadRequestError"),
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "AuthenticationError"),
-            Self::UnknownModel(_) | Self::UnknownRoute(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
+            Self::UnknownModel(_) | Self::UnknownResponse(_) | Self::UnknownRoute(_) => {
+                (StatusCode::NOT_FOUND, "NotFoundError")
+            }
             Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "BadRequestError"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "BadRequestError"),
             Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),

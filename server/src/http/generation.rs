@@ -208,7 +208,12 @@ impl RunningSequence {
         self.require_numbers(logprobs.as_slice())?;
         self.generated += 1;
         let text_offset = self.characters;
-        let stops = matches!(last, Some(FinishReason::Eos | FinishReason::StopToken(_)));
+        let stops = match last {
+            Some(FinishReason::Eos | FinishReason::StopToken(_)) => true,
+            // With `ignore_eos`, a grammar's end may be an end-of-sequence token that does not count as one.
+            Some(FinishReason::GrammarEnd) => self.model.defaults.eos_token_ids.contains(&id),
+            _ => false,
+        };
         // The token that ends a text is not part of it.
         let piece = match (&mut self.detokenizer, &self.model.tokenizer) {
             (Some(detokenizer), Some(tokenizer)) if !stops || self.include_stop => {
@@ -268,8 +273,9 @@ impl RunningSequence {
         delta.text.push_str(&self.matcher.finish());
         let (outcome, reason, stop_reason) = match reason {
             FinishReason::Length => (Outcome::Length, "length", None),
-            FinishReason::Eos => (Outcome::Stop, "stop", None),
+            FinishReason::Eos | FinishReason::GrammarEnd => (Outcome::Stop, "stop", None),
             FinishReason::StopToken(id) => (Outcome::Stop, "stop", Some(StopReason::Token(id))),
+            FinishReason::GrammarLost => return Err(ApiError::GrammarLost),
             FinishReason::Aborted => return Err(ApiError::ShuttingDown),
         };
         self.end(outcome);

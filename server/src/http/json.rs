@@ -1,13 +1,13 @@
 //! Request bodies: JSON, whatever the content type says, with errors that name the field.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::App;
 use super::error::ApiError;
@@ -46,6 +46,18 @@ impl JsonBody {
     /// Takes a field out that may be large; `null` when it is not there.
     pub(super) fn take(&mut self, field: &str) -> Value {
         self.0.get_mut(field).map(Value::take).unwrap_or_default()
+    }
+
+    /// The body that has these fields.
+    pub(super) fn from_object(fields: Map<String, Value>) -> Self {
+        Self(Value::Object(fields))
+    }
+
+    /// All fields.
+    pub(super) fn object(&self) -> &Map<String, Value> {
+        // Every way to make a body makes an object.
+        static NONE: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        self.0.as_object().unwrap_or(&NONE)
     }
 
     /// One field.

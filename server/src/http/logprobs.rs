@@ -131,6 +131,12 @@ impl NamedToken {
 }
 
 impl ChatLogprobs {
+    /// Its entries, as JSON.
+    pub(super) fn entries(&self) -> Vec<serde_json::Value> {
+        // Numbers and texts can always be written.
+        self.content.iter().filter_map(|token| serde_json::to_value(token).ok()).collect()
+    }
+
     /// Adds a token.
     pub(super) fn push(&mut self, id: u32, logprobs: &TokenLogprobs, names: TokenNames<'_>) {
         let top = logprobs.top.iter().map(|&(id, logprob)| NamedToken::new(id, logprob, names));

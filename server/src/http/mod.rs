@@ -3,6 +3,7 @@
 mod app;
 mod auth;
 mod chat;
+mod chat_answer;
 mod chat_messages;
 mod check;
 mod completions;
@@ -19,11 +20,14 @@ mod models;
 mod prompt;
 mod render;
 mod request_id;
+mod responses;
 mod sampling;
 mod served;
 mod sse;
+mod structured_output;
 mod tokenize;
 mod tokenizer_info;
+mod tools;
 mod unsupported;
 mod usage;
 mod version;
@@ -50,6 +54,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions/render", post(render::completions))
         .route("/v1/chat/completions/render", post(render::chat))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

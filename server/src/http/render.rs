@@ -15,6 +15,7 @@ use super::json::JsonBody;
 use super::prompt::{PromptOptions, parse_prompts};
 use super::request_id::RequestId;
 use super::sampling::SamplingFields;
+use super::tools::ToolPlan;
 use super::unsupported;
 
 /// The fields that matter here; all others are those of the endpoint that generates.
@@ -75,13 +76,14 @@ pub(super) async fn chat(
     request_id.adopt(fields.request_id.as_deref());
     let Messages { messages } = body.read()?;
     unsupported::check_chat(&body)?;
+    ToolPlan::read(&body, model.tool_format)?;
     let name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
     let prompt: ChatPromptFields = body.read()?;
     check_messages(&messages)?;
     app.off_the_reactor(move || {
         let limited = truncate.is_none().then_some("messages");
-        let mut token_ids = prompt.prompt(&model, &messages, limited)?;
+        let mut token_ids = prompt.prompt(&model, messages, limited)?.ids;
         token_ids.drain(..truncate.map_or(0, |keep| token_ids.len().saturating_sub(keep)));
         Ok(Json(Rendered { request_id: format!("chatcmpl-{request_id}"), model: name, token_ids }))
     })

@@ -8,9 +8,14 @@ use serde::Deserialize;
 use super::check::{logprobs, out_of_range, require, require_in_vocabulary};
 use super::error::ApiError;
 use crate::engine::{Sampling, Scheduling, StopConditions};
+use crate::tokenizer::Tokenizer;
 
 /// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
+
+/// Every step looks at each of them.
+const MAX_BAD_WORDS: usize = 1024;
+const MAX_BAD_WORD_BYTES: usize = 256;
 
 /// As sent. All are optional, and `null` is the same as absent.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -32,6 +37,7 @@ pub(super) struct SamplingFields {
     repetition_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<String, f32>>,
     allowed_token_ids: Option<Vec<u32>>,
+    bad_words: Option<Vec<String>>,
     stop: Option<StopField>,
     stop_token_ids: Option<Vec<u32>>,
     include_stop_str_in_output: Option<bool>,
@@ -67,8 +73,8 @@ pub(super) struct ModelFacts<'a> {
     pub(super) max_model_len: usize,
     /// Whether requests have a priority.
     pub(super) has_priorities: bool,
-    /// Whether stop strings can be looked for.
-    pub(super) has_tokenizer: bool,
+    /// `None`: there is no text to look for stop strings in.
+    pub(super) tokenizer: Option<&'a Tokenizer>,
     /// Defaults of the sampling parameters, and the end-of-sequence tokens.
     pub(super) defaults: &'a GenerationConfig,
 }
@@ -86,6 +92,8 @@ pub(super) struct SamplingPlan {
     pub(super) scheduling: Scheduling,
     /// Strings that end the text.
     pub(super) stop_strings: Vec<String>,
+    /// Whether end-of-sequence tokens are like any other.
+    pub(super) ignore_eos: bool,
     /// Whether the stop string or token belongs to the text.
     pub(super) include_stop: bool,
     /// Whether special tokens are left out of the text.
@@ -130,7 +138,7 @@ impl SamplingFields {
         require("stop", stop_strings.iter().all(|stop| !stop.is_empty()), "strings that are not empty")?;
         require(
             "stop",
-            stop_strings.is_empty() || model.has_tokenizer,
+            stop_strings.is_empty() || model.tokenizer.is_some(),
             "absent: this model has no tokenizer, so there is no text to look in; use stop_token_ids",
         )?;
         let scheduling =
@@ -147,6 +155,7 @@ impl SamplingFields {
             stop,
             scheduling,
             stop_strings,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
             prompt_logprobs: self.prompt_logprobs.map(|k| logprobs("prompt_logprobs", k)).transpose()?,
@@ -202,7 +211,38 @@ impl SamplingFields {
             repetition_penalty,
             logit_bias: self.logit_bias(model.vocab_size)?,
             allowed_token_ids: self.allowed_token_ids.clone(),
+            bad_words: self.bad_words(model.tokenizer)?,
+            grammar: None,
         })
+    }
+
+    /// The tokens of each bad word, at the beginning of a text and behind a space.
+    fn bad_words(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>, ApiError> {
+        const FIELD: &str = "bad_words";
+        let words = self.bad_words.as_deref().unwrap_or_default();
+        let fine = |word: &String| !word.trim().is_empty() && word.len() <= MAX_BAD_WORD_BYTES;
+        require(
+            FIELD,
+            words.len() <= MAX_BAD_WORDS && words.iter().all(fine),
+            &format!("at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_BYTES} bytes"),
+        )?;
+        if words.is_empty() {
+            return Ok(Vec::new());
+        }
+        let tokenizer =
+            tokenizer.ok_or_else(|| out_of_range(FIELD, "absent: this model has no tokenizer"))?;
+        let mut bad = Vec::new();
+        for word in words {
+            let word = word.trim_start();
+            for spelling in [word.to_owned(), format!(" {word}")] {
+                let encoded = tokenizer
+                    .encode(&spelling, false)
+                    .map_err(|error| ApiError::field(FIELD, format!("{FIELD}: {error}")))?;
+                bad.push(encoded.ids);
+            }
+        }
+        bad.dedup();
+        Ok(bad)
     }
 
     fn logit_bias(&self, vocab_size: usize) -> Result<Vec<(u32, f32)>, ApiError> {
@@ -261,13 +301,10 @@ mod tests {
     use super::*;
 
     fn plan_with(fields: Value, defaults: &GenerationConfig) -> Result<SamplingPlan, ApiError> {
-        let model = ModelFacts {
-            vocab_size: 100,
-            max_model_len: 64,
-            has_priorities: false,
-            has_tokenizer: true,
-            defaults,
-        };
+        let tokenizer = crate::tokenizer::tests::rustdoc();
+        let tokenizer = Some(&tokenizer);
+        let model =
+            ModelFacts { vocab_size: 100, max_model_len: 64, has_priorities: false, tokenizer, defaults };
         serde_json::from_value::<SamplingFields>(fields).unwrap().plan(model)
     }
 
@@ -294,6 +331,9 @@ mod tests {
             ("logit_bias", json!({"1": 101})),
             ("allowed_token_ids", json!([])),
             ("allowed_token_ids", json!([100])),
+            ("bad_words", json!([""])),
+            ("bad_words", json!(["x".repeat(257)])),
+            ("bad_words", json!(vec!["x"; 1025])),
             ("stop", json!("")),
             ("stop", json!(["a", ""])),
             ("stop_token_ids", json!([100])),

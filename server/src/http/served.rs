@@ -25,7 +25,7 @@ impl ServedModel {
             vocab_size: self.vocab_size(),
             max_model_len: self.max_model_len(),
             has_priorities: self.engine.info().scheduling_policy == SchedulingPolicy::Priority,
-            has_tokenizer: self.tokenizer.is_some(),
+            tokenizer: self.tokenizer.as_deref(),
             defaults: &self.defaults,
         }
     }
@@ -56,7 +56,7 @@ impl ServedModel {
 
     /// The tokenizer.
     pub(super) fn tokenizer(&self) -> Result<&Tokenizer, ApiError> {
-        self.tokenizer.as_ref().ok_or_else(|| {
+        self.tokenizer.as_deref().ok_or_else(|| {
             let message = "this model has no tokenizer; it takes token ids, at /v1/completions";
             ApiError::BadRequest { message: message.to_owned(), param: None }
         })
@@ -69,7 +69,7 @@ impl ServedModel {
 
     /// Refuses, without tokenizing it, a text that would not fit even if it were spelled with the longest tokens.
     pub(super) fn require_possible(&self, field: &'static str, text: &str) -> Result<(), ApiError> {
-        let Some(longest) = self.tokenizer.as_ref().map(Tokenizer::longest_token_bytes) else {
+        let Some(longest) = self.tokenizer.as_deref().map(Tokenizer::longest_token_bytes) else {
             return Ok(());
         };
         let most = self.max_model_len().saturating_mul(longest);

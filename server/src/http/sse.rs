@@ -25,7 +25,12 @@ where
     });
     let done = stream::once(async { Event::default().data("[DONE]") });
     let events = events.chain(done).map(Ok::<_, Infallible>);
-    Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")).into_response()
+    Sse::new(events).keep_alive(keep_alive()).into_response()
+}
+
+/// Comments in silence.
+pub(super) fn keep_alive() -> KeepAlive {
+    KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")
 }
 
 fn event(chunk: &impl Serialize) -> Event {

@@ -49,7 +49,7 @@ pub(super) async fn tokenize(
             }
             (None, Some(messages)) => {
                 check_messages(&messages)?;
-                chat.prompt(&model, &messages, None)?
+                chat.prompt(&model, messages, None)?.ids
             }
             _ => return Err(ApiError::field("prompt", "either prompt or messages is needed")),
         };

@@ -9,13 +9,7 @@ use super::json::JsonBody;
 type Row = (&'static str, &'static [&'static str]);
 
 const EVERYWHERE: &[Row] = &[
-    ("response_format", &[r#"{"type":"text"}"#]),
-    ("structured_outputs", &[]),
-    ("guided_json", &[]),
-    ("guided_regex", &[]),
-    ("guided_choice", &[]),
-    ("guided_grammar", &[]),
-    ("bad_words", &["[]"]),
+    ("guided_whitespace_pattern", &[]),
     ("logits_processors", &["[]"]),
     ("use_beam_search", &["false"]),
     ("length_penalty", &["1"]),
@@ -26,10 +20,9 @@ const EVERYWHERE: &[Row] = &[
 const COMPLETIONS: &[Row] = &[("suffix", &[r#""""#]), ("prompt_embeds", &[])];
 
 /// What changes the prompt that messages make.
-const CHAT_PROMPT: &[Row] = &[("tools", &["[]"]), ("chat_template", &[]), ("documents", &["[]"])];
+const CHAT_PROMPT: &[Row] = &[("chat_template", &[]), ("documents", &["[]"])];
 
 const CHAT: &[Row] = &[
-    ("tool_choice", &[r#""none""#]),
     ("functions", &["[]"]),
     ("function_call", &[r#""none""#]),
     ("echo", &["false"]),
@@ -85,7 +78,7 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_is_accepted() {
-        let json = r#"{"response_format": {"type": "text"}, "bad_words": [], "length_penalty": 1.0,
+        let json = r#"{"response_format": {"type": "text"}, "length_penalty": 1.0,
             "suffix": null, "tools": [], "use_beam_search": false, "tool_choice": "none", "anything": 1}"#;
         check_completion(&body(json)).unwrap();
         check_chat(&body(json)).unwrap();
@@ -93,15 +86,8 @@ mod tests {
 
     #[test]
     fn what_asks_for_something_is_named() {
-        let cases = [
-            ("response_format", r#"{"type": "json_object"}"#),
-            ("structured_outputs", r#"{"choice": ["a"]}"#),
-            ("bad_words", r#"["x"]"#),
-            ("tools", r#"[{"type": "function"}]"#),
-            ("tool_choice", r#""auto""#),
-            ("echo", "true"),
-            ("spaces_between_special_tokens", "false"),
-        ];
+        let cases =
+            [("chat_template", r#""x""#), ("echo", "true"), ("spaces_between_special_tokens", "false")];
         for (field, value) in cases {
             let error = check_chat(&body(&format!("{{\"{field}\": {value}}}"))).unwrap_err();
             assert!(
@@ -110,10 +96,8 @@ mod tests {
             );
         }
         assert!(check_completion(&body(r#"{"suffix": "x"}"#)).is_err());
-        for json in [r#"{"tools": [{}]}"#, r#"{"chat_template": "x"}"#] {
-            assert!(check_tokenize(&body(json)).is_err(), "{json}");
-        }
-        check_tokenize(&body(r#"{"tools": [], "chat_template": null}"#)).unwrap();
+        assert!(check_tokenize(&body(r#"{"chat_template": "x"}"#)).is_err());
+        check_tokenize(&body(r#"{"documents": [], "chat_template": null}"#)).unwrap();
     }
 
     #[test]

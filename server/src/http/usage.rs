@@ -30,6 +30,21 @@ impl Usage {
         self.total_tokens += 1;
     }
 
+    /// Tokens of the prompts.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// Tokens generated so far.
+    pub(super) fn completion_tokens(&self) -> usize {
+        self.completion_tokens
+    }
+
+    /// Prompt tokens that were found in the cache.
+    pub(super) fn cached_tokens(&self) -> usize {
+        self.prompt_tokens_details.cached_tokens
+    }
+
     /// Prompt tokens that were found in the cache.
     pub(super) fn add_cached(&mut self, tokens: usize) {
         self.prompt_tokens_details.cached_tokens += tokens;

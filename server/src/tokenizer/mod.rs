@@ -151,8 +151,17 @@ impl Tokenizer {
         bytes.unwrap_or_else(|| self.token_text(id).into_bytes())
     }
 
+    /// Whether the token is one of the tokenizer's special ones, which no text stands for.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .get(&id)
+            .is_some_and(|token| token.special)
+    }
+
     /// Whether tokens are any bytes, as in GPT-2, so that decoding is their concatenation.
-    fn is_byte_level(&self) -> bool {
+    pub(crate) fn is_byte_level(&self) -> bool {
         matches!(self.alphabet, Alphabet::ByteLevel(_))
     }
 

@@ -239,6 +239,34 @@ async fn the_end_of_sequence_token_ends_unless_ignored() {
 }
 
 #[tokio::test]
+async fn bad_words_are_not_said() {
+    let server = TestServer::start().await;
+    let body = |bad: &[&str]| {
+        json!({"prompt": "Returns the number of", "temperature": 0, "max_tokens": 30, "ignore_eos": true,
+            "bad_words": bad, "return_token_ids": true})
+    };
+    let free = server.choice(body(&[])).await["text"].as_str().unwrap().to_owned();
+    let words: Vec<&str> = free
+        .split_whitespace()
+        .filter(|word| word.len() > 3 && word.chars().all(char::is_alphabetic))
+        .collect();
+    let (first, last) = (words[0], words[words.len() - 1]);
+    assert!(free.contains(&format!(" {first}")), "{free}");
+    for bad in [&[first][..], &[last], &[first, last]] {
+        let choice = server.choice(body(bad)).await;
+        assert_ne!(choice["text"], free);
+        // The same letters in other tokens are another word.
+        let said: Vec<u64> = serde_json::from_value(choice["token_ids"].clone()).unwrap();
+        for word in bad {
+            let spelling = json!({"prompt": format!(" {word}"), "add_special_tokens": false});
+            let tokens = server.ok("/tokenize", &spelling).await["tokens"].clone();
+            let tokens: Vec<u64> = serde_json::from_value(tokens).unwrap();
+            assert!(!said.windows(tokens.len()).any(|window| window == tokens), "{word}: {choice}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn only_allowed_tokens_are_generated() {
     let server = TestServer::start().await;
     let choice = server

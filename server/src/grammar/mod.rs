@@ -1,0 +1,176 @@
+//! Structured output: grammars of tokens made from JSON schemas, regular expressions, choices and Lark grammars, by
+//! [llguidance](https://github.com/guidance-ai/llguidance).
+
+mod cache;
+mod constraint;
+mod reasoning;
+mod token_env;
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::earley::SlicedBiasComputer;
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value, json};
+use toktrie::{InferenceCapabilities, TokEnv};
+
+use crate::engine::{SharedGrammar, TokenMask};
+use crate::tokenizer::Tokenizer;
+use cache::Cache;
+use constraint::TokenGrammar;
+use reasoning::AfterReasoning;
+pub use reasoning::ReasoningTokens;
+use token_env::TokenEnv;
+
+/// White space between the tokens of JSON, where a schema does not say otherwise: enough to indent by, and not so much
+/// that a model that gets lost in it never comes back.
+const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
+
+/// What an output must follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GrammarSource {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema describes.
+    JsonSchema(Value),
+    /// A text that a regular expression matches as a whole.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// A grammar in llguidance's variant of Lark.
+    Lark(String),
+}
+
+/// How a grammar is followed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GrammarOptions {
+    /// End-of-sequence tokens come only where nothing else may.
+    pub ignore_eos: bool,
+    /// The grammar begins behind a part of reasoning.
+    pub reasoning: Option<ReasoningTokens>,
+}
+
+/// Why a grammar could not be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GrammarError {
+    /// The tokenizer has no form that grammars can use.
+    #[error("this model's tokenizer cannot be used for structured output: {0}")]
+    Tokenizer(String),
+    /// The schema, expression or grammar is invalid, unsupported, or too complex.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Makes grammars for the tokens of one model.
+pub struct GrammarCompiler {
+    tokenizer: Arc<Tokenizer>,
+    vocab_size: usize,
+    eos_token_ids: Vec<u32>,
+    /// Made when the first grammar is: it takes a while, and most servers never see one.
+    factory: OnceLock<Result<ParserFactory, GrammarError>>,
+    /// Grammars of late: clients send the same ones again and again.
+    cache: Mutex<Cache<(GrammarSource, GrammarOptions), SharedGrammar>>,
+}
+
+impl std::fmt::Debug for GrammarCompiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GrammarCompiler").finish_non_exhaustive()
+    }
+}
+
+/// Grammars that are kept. One is some hundred kilobytes; large schemas take megabytes.
+const KEPT_GRAMMARS: usize = 32;
+
+impl GrammarCompiler {
+    /// A compiler for a model of `vocab_size` tokens, whose texts end with any of `eos_token_ids`.
+    pub fn new(tokenizer: Arc<Tokenizer>, vocab_size: usize, eos_token_ids: Vec<u32>) -> Self {
+        let cache = Mutex::new(Cache::new(KEPT_GRAMMARS));
+        Self { tokenizer, vocab_size, eos_token_ids, factory: OnceLock::new(), cache }
+    }
+
+    /// Compiles a grammar, and computes its first mask. Takes milliseconds, or seconds where it is large.
+    ///
+    /// # Errors
+    /// See [`GrammarError`].
+    pub fn compile(
+        &self,
+        source: &GrammarSource,
+        options: GrammarOptions,
+    ) -> Result<SharedGrammar, GrammarError> {
+        let key = (source.clone(), options);
+        if let Some(known) = self.lock_cache().get(&key) {
+            return Ok(known.clone());
+        }
+        let factory = self.factory.get_or_init(|| self.make_factory()).as_ref().map_err(Clone::clone)?;
+        let matcher = Matcher::new(factory.create_parser(source.grammar()));
+        let ignored = if options.ignore_eos { self.eos_token_ids.clone() } else { Vec::new() };
+        let grammar: SharedGrammar =
+            SharedGrammar(Arc::new(TokenGrammar::new(matcher, ignored).map_err(GrammarError::Invalid)?));
+        let grammar = match options.reasoning {
+            Some(tokens) => SharedGrammar(Arc::new(AfterReasoning::new(grammar, tokens, self.free_tokens()))),
+            None => grammar,
+        };
+        self.lock_cache().insert(key, grammar.clone());
+        Ok(grammar)
+    }
+
+    /// What a model may think: anything but the end.
+    fn free_tokens(&self) -> TokenMask {
+        let mut mask = TokenMask::all(self.vocab_size);
+        self.eos_token_ids.iter().for_each(|&id| mask.remove(id));
+        mask
+    }
+
+    fn lock_cache(&self) -> std::sync::MutexGuard<'_, Cache<(GrammarSource, GrammarOptions), SharedGrammar>> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make_factory(&self) -> Result<ParserFactory, GrammarError> {
+        let env = TokenEnv::new(Arc::clone(&self.tokenizer), self.vocab_size, &self.eos_token_ids);
+        let env: TokEnv = Arc::new(env);
+        let slices = SlicedBiasComputer::general_slices();
+        let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices)
+            .map_err(|error| GrammarError::Tokenizer(error.to_string()))?;
+        factory.quiet();
+        // An error's text is for the client: what it sent is no news.
+        *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
+        Ok(factory)
+    }
+}
+
+impl GrammarSource {
+    fn grammar(&self) -> TopLevelGrammar {
+        match self {
+            Self::JsonObject => {
+                TopLevelGrammar::from_json_schema(with_whitespace(&json!({"type": "object"})))
+            }
+            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_whitespace(schema)),
+            Self::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Self::Choice(choices) => {
+                let choices: Vec<String> = choices.iter().map(|choice| regex::escape(choice)).collect();
+                TopLevelGrammar::from_regex(&format!("(?:{})", choices.join("|")))
+            }
+            Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
+        }
+    }
+}
+
+/// The schema with the compiler's options: how much white space there may be, and `oneOf` read as `anyOf`, without which
+/// few such schemas could be used.
+pub(crate) fn with_whitespace(schema: &Value) -> Value {
+    let mut schema = match schema {
+        // "Anything" and "nothing" have no place for options.
+        Value::Bool(true) => json!({}),
+        Value::Bool(false) => json!({"not": {}}),
+        other => other.clone(),
+    };
+    if let Some(fields) = schema.as_object_mut() {
+        fields
+            .entry("x-guidance")
+            .or_insert_with(|| json!({"whitespace_pattern": JSON_WHITESPACE, "coerce_one_of": true}));
+    }
+    schema
+}
+
+#[cfg(test)]
+mod tests;

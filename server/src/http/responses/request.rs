@@ -1,0 +1,323 @@
+//! A request of the Responses API as the chat that it is.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::http::error::ApiError;
+use crate::http::json::JsonBody;
+
+/// The fields that chats do not have.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ResponseFields {
+    input: Value,
+    pub(super) instructions: Option<String>,
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
+    pub(super) max_output_tokens: Option<usize>,
+    pub(super) previous_response_id: Option<String>,
+    pub(super) background: Option<bool>,
+    pub(super) store: Option<bool>,
+    pub(super) stream: Option<bool>,
+    pub(super) metadata: Option<Map<String, Value>>,
+    pub(super) tools: Option<Vec<Value>>,
+    pub(super) tool_choice: Option<Value>,
+    pub(super) parallel_tool_calls: Option<bool>,
+    pub(super) temperature: Option<f32>,
+    pub(super) top_p: Option<f32>,
+    pub(super) text: Option<TextField>,
+    reasoning: Option<ReasoningField>,
+    include: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
+    top_logprobs: Option<i64>,
+    truncation: Option<String>,
+}
+
+/// `text`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct TextField {
+    pub(super) format: Option<Value>,
+}
+
+/// `reasoning`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct ReasoningField {
+    effort: Option<String>,
+}
+
+/// Fields of this API, and those that a chat would understand otherwise: the rest (sampling, model, user) is the same.
+const OWN: &[&str] = &[
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "previous_response_id",
+    "background",
+    "store",
+    "stream",
+    "stream_options",
+    "metadata",
+    "tools",
+    "text",
+    "reasoning",
+    "include",
+    "top_logprobs",
+    "truncation",
+    "messages",
+];
+
+const LOGPROBS: &str = "message.output_text.logprobs";
+
+impl ResponseFields {
+    /// The messages of the input; of the earlier conversation there is nothing.
+    pub(super) fn messages(&self) -> Result<Vec<Value>, ApiError> {
+        match &self.input {
+            Value::String(text) => Ok(vec![json!({"role": "user", "content": text})]),
+            Value::Array(items) => {
+                let mut messages = Vec::with_capacity(items.len());
+                for (index, item) in items.iter().enumerate() {
+                    add_item(index, item, &mut messages)?;
+                }
+                Ok(messages)
+            }
+            Value::Null => Err(ApiError::field("input", "input is needed")),
+            _ => Err(ApiError::field("input", "input must be a string or a list of items")),
+        }
+    }
+
+    /// The body of a chat of these messages; `body` is the whole request.
+    pub(super) fn chat(&self, body: &JsonBody, mut messages: Vec<Value>) -> Result<JsonBody, ApiError> {
+        if let Some(instructions) = &self.instructions {
+            messages.insert(0, json!({"role": "system", "content": instructions}));
+        }
+        let unsupported = |field: &str, what: &str| {
+            Err(ApiError::field(field, format!("{field}: {what} is not supported by this server")))
+        };
+        if self.truncation.as_deref().is_some_and(|truncation| truncation != "disabled") {
+            return unsupported("truncation", "anything but 'disabled'");
+        }
+        if self.background == Some(true) && self.stream == Some(true) {
+            return unsupported("background", "a stream of a background response");
+        }
+        let include = self.include.as_deref().unwrap_or_default();
+        if let Some(other) =
+            include.iter().find(|other| *other != LOGPROBS && *other != "reasoning.encrypted_content")
+        {
+            return unsupported("include", other);
+        }
+        let mut chat = body.object().clone();
+        OWN.iter().for_each(|field| {
+            chat.remove(*field);
+        });
+        chat.insert("messages".to_owned(), Value::from(messages));
+        if let Some(max) = self.max_output_tokens {
+            chat.insert("max_completion_tokens".to_owned(), Value::from(max));
+        }
+        if let Some(effort) = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref()) {
+            chat.insert("reasoning_effort".to_owned(), Value::from(effort));
+        }
+        if let Some(tools) = &self.tools {
+            let tools = tools.iter().enumerate().map(|(index, tool)| wrapped_tool(index, tool));
+            chat.insert("tools".to_owned(), tools.collect::<Result<_, _>>()?);
+        }
+        if include.iter().any(|item| item == LOGPROBS) || self.top_logprobs.unwrap_or(0) > 0 {
+            chat.insert("logprobs".to_owned(), Value::from(true));
+            chat.insert("top_logprobs".to_owned(), Value::from(self.top_logprobs.unwrap_or(0)));
+        }
+        if let Some(format) = self.text.as_ref().and_then(|text| text.format.as_ref()) {
+            let mut wrapped = json!({"type": format.get("type").cloned().unwrap_or_default()});
+            if format.get("schema").is_some() {
+                wrapped["json_schema"] = format.clone();
+            }
+            chat.insert("response_format".to_owned(), wrapped);
+        }
+        if chat.get("n").is_some_and(|n| !n.is_null() && *n != 1) {
+            return unsupported("n", "more than one answer");
+        }
+        Ok(JsonBody::from_object(chat))
+    }
+}
+
+/// An error of the chat in the words of this API.
+pub(super) fn blamed(error: ApiError) -> ApiError {
+    let ApiError::BadRequest { message, param: Some(param) } = error else { return error };
+    let renamed = [
+        ("messages", "input"),
+        ("max_completion_tokens", "max_output_tokens"),
+        ("max_tokens", "max_output_tokens"),
+        ("response_format", "text.format"),
+    ];
+    let own = renamed.iter().find_map(|(chat, own)| {
+        let rest = param.strip_prefix(chat)?;
+        // A message's number is not that of the item it was made of.
+        (rest.is_empty() || rest.starts_with(['[', '.'])).then_some(*own)
+    });
+    ApiError::BadRequest { message, param: Some(own.map_or(param, str::to_owned)) }
+}
+
+/// A tool of this API has its function's fields beside its type.
+fn wrapped_tool(index: usize, tool: &Value) -> Result<Value, ApiError> {
+    match tool.as_object() {
+        Some(fields) if fields.get("type").is_some_and(|kind| kind == "function") => {
+            if fields.contains_key("function") {
+                return Ok(tool.clone());
+            }
+            let mut function = fields.clone();
+            function.remove("type");
+            Ok(json!({"type": "function", "function": function}))
+        }
+        _ => {
+            let path = format!("tools[{index}].type");
+            Err(ApiError::field(
+                path.as_str(),
+                format!("{path} must be 'function': this server has no tools of its own"),
+            ))
+        }
+    }
+}
+
+/// Adds what an item of the input says to the messages.
+fn add_item(index: usize, item: &Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let wrong = |field: &str, expected: &str| {
+        let path = format!("input[{index}]{field}");
+        Err(ApiError::field(path.as_str(), format!("{path} must be {expected}")))
+    };
+    let Some(fields) = item.as_object() else { return wrong("", "an object") };
+    let text = |field: &str| fields.get(field).and_then(Value::as_str);
+    match text("type").unwrap_or("message") {
+        "message" => {
+            let Some(role) = text("role") else { return wrong(".role", "a string") };
+            // Templates know no developers.
+            let role = if role == "developer" { "system" } else { role };
+            let content = match fields.get("content") {
+                Some(Value::String(text)) => text.clone(),
+                Some(Value::Array(parts)) => {
+                    let texts: Option<Vec<&str>> = parts.iter().map(text_of_part).collect();
+                    let Some(texts) = texts else {
+                        return wrong(
+                            ".content",
+                            "parts of type input_text or output_text: this server takes no other",
+                        );
+                    };
+                    texts.join("\n")
+                }
+                _ => return wrong(".content", "a string or a list of parts"),
+            };
+            messages.push(json!({"role": role, "content": content}));
+        }
+        "function_call" => {
+            let (Some(id), Some(name), Some(arguments)) = (text("call_id"), text("name"), text("arguments"))
+            else {
+                return wrong("", "a call with call_id, name and arguments");
+            };
+            let call =
+                json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+            // Calls that follow each other were made in one turn.
+            match messages.last_mut().filter(|last| last["role"] == "assistant") {
+                Some(last) => match last["tool_calls"].as_array_mut() {
+                    Some(calls) => calls.push(call),
+                    None => last["tool_calls"] = json!([call]),
+                },
+                None => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
+            }
+        }
+        "function_call_output" => {
+            let Some(id) = text("call_id") else { return wrong(".call_id", "a string") };
+            let output = match fields.get("output") {
+                Some(Value::String(text)) => text.clone(),
+                Some(other) if !other.is_null() => other.to_string(),
+                _ => return wrong(".output", "a text"),
+            };
+            messages.push(json!({"role": "tool", "tool_call_id": id, "content": output}));
+        }
+        // What a model thought before is not shown to it again.
+        "reasoning" => {}
+        _ => return wrong(".type", "message, function_call, function_call_output or reasoning"),
+    }
+    Ok(())
+}
+
+fn text_of_part(part: &Value) -> Option<&str> {
+    let is_text = ["input_text", "output_text", "text"].iter().any(|kind| part["type"] == *kind);
+    part["text"].as_str().filter(|_| is_text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &Value) -> (ResponseFields, JsonBody) {
+        let body = JsonBody::from_bytes(body.to_string().as_bytes()).unwrap();
+        (body.read().unwrap(), body)
+    }
+
+    fn chat(body: &Value) -> Result<Value, ApiError> {
+        let (fields, body) = read(body);
+        let messages = fields.messages()?;
+        Ok(Value::Object(fields.chat(&body, messages)?.object().clone()))
+    }
+
+    #[test]
+    fn a_conversation_becomes_messages() {
+        let body = json!({"instructions": "Be brief.", "input": [
+            {"role": "developer", "content": "D"},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+            {"type": "reasoning", "summary": []},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "o"}]});
+        let call = |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}});
+        let expected = json!([
+            {"role": "system", "content": "Be brief."}, {"role": "system", "content": "D"}, {"role": "user", "content": "a\nb"},
+            {"role": "assistant", "content": null, "tool_calls": [call("1", "f"), call("2", "g")]},
+            {"role": "tool", "tool_call_id": "1", "content": "o"}]);
+        assert_eq!(chat(&body).unwrap()["messages"], expected);
+    }
+
+    #[test]
+    fn fields_are_the_chats() {
+        let body = json!({"input": "hi", "model": "m", "max_output_tokens": 5, "temperature": 0.5, "store": false, "stream": true,
+            "tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": "auto",
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
+            "include": ["message.output_text.logprobs"], "top_logprobs": 2, "metadata": {"a": "b"}});
+        let expected = json!({"model": "m", "temperature": 0.5, "tool_choice": "auto", "max_completion_tokens": 5,
+            "messages": [{"role": "user", "content": "hi"}], "logprobs": true, "top_logprobs": 2,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "response_format": {"type": "json_schema",
+                "json_schema": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}});
+        assert_eq!(chat(&body).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            (json!({}), "input"),
+            (json!({"input": 5}), "input"),
+            (json!({"input": [5]}), "input[0]"),
+            (json!({"input": [{"content": "a"}]}), "input[0].role"),
+            (json!({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}), "input[0].content"),
+            (json!({"input": [{"type": "item_reference", "id": "x"}]}), "input[0].type"),
+            (json!({"input": [{"type": "function_call", "name": "f"}]}), "input[0]"),
+            (json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
+            (json!({"input": "a", "truncation": "auto"}), "truncation"),
+            (json!({"input": "a", "include": ["file_search_call.results"]}), "include"),
+            (json!({"input": "a", "background": true, "stream": true}), "background"),
+            (json!({"input": "a", "n": 2}), "n"),
+        ];
+        for (body, field) in cases {
+            let error = chat(&body).unwrap_err();
+            assert!(
+                matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field),
+                "{body}: {error:?}"
+            );
+        }
+        let renamed = |param: &str| match blamed(ApiError::field(param, "x")) {
+            ApiError::BadRequest { param, .. } => param.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            ["messages", "messages[3].content", "max_tokens", "response_format.type", "seed"].map(renamed),
+            ["input", "input", "max_output_tokens", "text.format", "seed"]
+        );
+    }
+}

@@ -1,0 +1,297 @@
+//! `tools`, `tool_choice`, `parallel_tool_calls`: which tools a chat has, and which it must call.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use super::json::JsonBody;
+use super::structured_output::compiler;
+use crate::answer::{Tool, ToolCallParser, ToolFormat};
+use crate::engine::SharedGrammar;
+use crate::grammar::{GrammarOptions, GrammarSource};
+use crate::model::ServedModel;
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Fields {
+    tools: Option<Vec<ToolField>>,
+    tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct ToolField {
+    r#type: String,
+    function: Function,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Function {
+    name: String,
+    parameters: Option<Value>,
+}
+
+/// The tools of a chat that has some.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct ToolPlan {
+    /// How the model writes calls.
+    pub(super) format: ToolFormat,
+    tools: Vec<Tool>,
+    choice: Choice,
+    parallel: bool,
+}
+
+/// `tool_choice`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Choice {
+    /// No call is looked for.
+    None,
+    /// The model decides.
+    Auto,
+    /// At least one call.
+    Required,
+    /// A call of this tool.
+    Named(String),
+}
+
+impl ToolPlan {
+    /// What the request's fields ask for; `None`: there are no tools.
+    pub(super) fn read(body: &JsonBody, format: Option<ToolFormat>) -> Result<Option<Self>, ApiError> {
+        let fields: Fields = body.read()?;
+        let tools = fields.tools.unwrap_or_default();
+        let choice =
+            fields.tool_choice.as_ref().filter(|choice| !choice.is_null()).map(choice_of).transpose()?;
+        if tools.is_empty() {
+            return match choice {
+                None | Some(Choice::None | Choice::Auto) => Ok(None),
+                Some(_) => Err(ApiError::field("tool_choice", "tool_choice needs tools")),
+            };
+        }
+        let format = format.ok_or_else(|| {
+            let message = "tools: this model's chat template does not tell it of tools, or not how to call them \
+                           (--tool-call-parser says how)";
+            ApiError::field("tools", message)
+        })?;
+        let tools = (tools.into_iter().enumerate())
+            .map(|(index, tool)| tool.checked(index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let choice = choice.unwrap_or(Choice::Auto);
+        if let Choice::Named(name) = &choice
+            && !tools.iter().any(|tool| tool.name == *name)
+        {
+            let message = format!("tool_choice: there is no tool '{name}' among tools");
+            return Err(ApiError::field("tool_choice", message));
+        }
+        let parallel = fields.parallel_tool_calls.unwrap_or(true) && !matches!(choice, Choice::Named(_));
+        Ok(Some(Self { format, tools, choice, parallel }))
+    }
+
+    /// Whether the model must call a tool.
+    pub(super) fn forces_a_call(&self) -> bool {
+        matches!(self.choice, Choice::Required | Choice::Named(_))
+    }
+
+    /// A parser of one answer's calls; `None`: calls are not looked for.
+    pub(super) fn parser(&self) -> Option<ToolCallParser> {
+        if self.choice == Choice::None {
+            return None;
+        }
+        let names = self.tools.iter().map(|tool| tool.name.clone()).collect();
+        Some(ToolCallParser::new(self.format, names, self.parallel))
+    }
+
+    /// The grammar of the calls that must be made. Takes its time.
+    pub(super) fn compile(
+        &self,
+        model: &ServedModel,
+        options: GrammarOptions,
+    ) -> Result<SharedGrammar, ApiError> {
+        const FIELD: &str = "tools";
+        let wanted: Vec<&Tool> = match &self.choice {
+            Choice::Named(name) => self.tools.iter().filter(|tool| tool.name == *name).take(1).collect(),
+            _ => self.tools.iter().collect(),
+        };
+        let special = |text: &str| {
+            let tokenizer = model.tokenizer.as_deref()?;
+            tokenizer.token_id(text).filter(|&id| tokenizer.is_special(id))
+        };
+        let template = model.chat_template()?.source();
+        let grammar = self.format.grammar(&wanted, self.parallel, template, special);
+        compiler(model, FIELD)?
+            .compile(&GrammarSource::Lark(grammar), options)
+            .map_err(|error| ApiError::field(FIELD, format!("{FIELD}: {error}")))
+    }
+}
+
+impl ToolField {
+    fn checked(self, index: usize) -> Result<Tool, ApiError> {
+        let wrong = |field: &str, expected: &str| {
+            let path = format!("tools[{index}].{field}");
+            Err(ApiError::field(path.as_str(), format!("{path} must be {expected}")))
+        };
+        let Function { name, parameters } = self.function;
+        if self.r#type != "function" {
+            return wrong("type", "'function'");
+        }
+        if name.is_empty() || name.len() > 256 || name.chars().any(char::is_whitespace) {
+            return wrong("function.name", "a name of 1 to 256 bytes without white space");
+        }
+        if parameters.as_ref().is_some_and(|schema| !schema.is_object() && !schema.is_null()) {
+            return wrong("function.parameters", "a JSON schema: an object");
+        }
+        Ok(Tool { name, parameters: parameters.filter(|schema| !schema.is_null()) })
+    }
+}
+
+/// `"none"`, `"auto"`, `"required"`, or a function's name in OpenAI's wrapping.
+fn choice_of(value: &Value) -> Result<Choice, ApiError> {
+    match value {
+        Value::String(choice) => match choice.as_str() {
+            "none" => return Ok(Choice::None),
+            "auto" => return Ok(Choice::Auto),
+            "required" => return Ok(Choice::Required),
+            _ => {}
+        },
+        Value::Object(fields) if fields.get("type").is_some_and(|kind| kind == "function") => {
+            let name = fields.get("function").and_then(|function| function.get("name"));
+            // The Responses API has the name beside the type.
+            if let Some(name) = name.or_else(|| fields.get("name")).and_then(Value::as_str) {
+                return Ok(Choice::Named(name.to_owned()));
+            }
+        }
+        _ => {}
+    }
+    let message = "tool_choice must be 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": …}}";
+    Err(ApiError::field("tool_choice", message))
+}
+
+/// Makes the arguments of earlier calls, which the API has as JSON text, the objects that templates expect.
+pub(super) fn parse_earlier_calls(messages: &mut [Map<String, Value>]) -> Result<(), ApiError> {
+    for (index, message) in messages.iter_mut().enumerate() {
+        let wrong = |path: String, expected: &str| {
+            let path = format!("messages[{index}].tool_calls{path}");
+            Err(ApiError::field(path.as_str(), format!("{path} must be {expected}")))
+        };
+        let calls = match message.get_mut("tool_calls") {
+            None | Some(Value::Null) => continue,
+            Some(Value::Array(calls)) => calls,
+            Some(_) => return wrong(String::new(), "a list of calls"),
+        };
+        if calls.is_empty() {
+            // Templates ask whether there is a list, not what is in it.
+            message.remove("tool_calls");
+            continue;
+        }
+        for (at, call) in calls.iter_mut().enumerate() {
+            let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else {
+                return wrong(format!("[{at}].function"), "an object");
+            };
+            if !function.get("name").is_some_and(Value::is_string) {
+                return wrong(format!("[{at}].function.name"), "a string");
+            }
+            let arguments = function.entry("arguments").or_insert(Value::Null);
+            let object = match &*arguments {
+                Value::Object(_) => continue,
+                Value::Null => Some(Value::Object(Map::new())),
+                Value::String(text) if text.trim().is_empty() => Some(Value::Object(Map::new())),
+                Value::String(text) => serde_json::from_str(text).ok().filter(Value::is_object),
+                _ => None,
+            };
+            match object {
+                Some(object) => *arguments = object,
+                None => return wrong(format!("[{at}].function.arguments"), "the text of a JSON object"),
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(body: &Value) -> Result<Option<ToolPlan>, ApiError> {
+        ToolPlan::read(&JsonBody::from_bytes(body.to_string().as_bytes()).unwrap(), Some(ToolFormat::Hermes))
+    }
+
+    fn tool(name: &str) -> Value {
+        json!({"type": "function", "function": {"name": name, "description": "d", "strict": true,
+            "parameters": {"type": "object"}}})
+    }
+
+    #[test]
+    fn choices() {
+        let choice = |value: Value| {
+            read(&json!({"tools": [tool("f"), tool("g")], "tool_choice": value})).unwrap().unwrap()
+        };
+        assert_eq!(choice(json!(null)).choice, Choice::Auto);
+        assert!(!choice(json!("auto")).forces_a_call() && choice(json!("auto")).parser().is_some());
+        assert!(choice(json!("none")).parser().is_none());
+        assert!(choice(json!("required")).forces_a_call() && choice(json!("required")).parallel);
+        let named = choice(json!({"type": "function", "function": {"name": "g"}}));
+        assert_eq!((named.choice.clone(), named.parallel), (Choice::Named("g".into()), false));
+        assert_eq!(choice(json!({"type": "function", "name": "g"})), named);
+        let single = read(&json!({"tools": [tool("f")], "parallel_tool_calls": false})).unwrap().unwrap();
+        assert!(!single.parallel);
+        for nothing in [
+            json!({}),
+            json!({"tools": []}),
+            json!({"tools": null, "tool_choice": "none"}),
+            json!({"tool_choice": "auto"}),
+        ] {
+            assert_eq!(read(&nothing).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (json!({"tools": [tool("f")], "tool_choice": "always"}), "tool_choice"),
+            (json!({"tools": [tool("f")], "tool_choice": 5}), "tool_choice"),
+            (
+                json!({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "h"}}}),
+                "tool_choice",
+            ),
+            (json!({"tools": [{}]}), "tools[0]"),
+            (json!({"tools": [tool("f"), {"type": "x", "function": {"name": "f"}}]}), "tools[1].type"),
+            (json!({"tools": [tool("")]}), "tools[0].function.name"),
+            (
+                json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}),
+                "tools[0].function.parameters",
+            ),
+        ];
+        for (body, field) in cases {
+            let error = read(&body).unwrap_err();
+            assert!(
+                matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field),
+                "{body}: {error:?}"
+            );
+        }
+        let body = JsonBody::from_bytes(json!({"tools": [tool("f")]}).to_string().as_bytes()).unwrap();
+        assert!(
+            matches!(ToolPlan::read(&body, None), Err(ApiError::BadRequest { param: Some(p), .. }) if p == "tools")
+        );
+    }
+
+    #[test]
+    fn arguments_of_earlier_calls_become_objects() {
+        let parsed = |arguments: Value| {
+            let mut messages: Vec<Map<String, Value>> = serde_json::from_value(json!([{"role": "user"}, {"role": "assistant",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]}]))
+            .unwrap();
+            parse_earlier_calls(&mut messages)
+                .map(|()| messages[1]["tool_calls"][0]["function"]["arguments"].clone())
+        };
+        assert_eq!(parsed(json!("{\"a\": 1}")).unwrap(), json!({"a": 1}));
+        assert_eq!(parsed(json!({"a": 1})).unwrap(), json!({"a": 1}));
+        assert_eq!(parsed(json!("")).unwrap(), json!({}));
+        for bad in [json!("{"), json!("[1]"), json!(5)] {
+            let error = parsed(bad).unwrap_err();
+            let path = "messages[1].tool_calls[0].function.arguments";
+            assert!(matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == path), "{error:?}");
+        }
+    }
+}
