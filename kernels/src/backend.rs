@@ -279,6 +279,15 @@ pub trait Backend {
     /// Out of memory, or a format this device cannot run.
     fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight>;
 
+    /// As [`upload`](Self::upload), for [`gated_linear`](Self::gated_linear) alone: the first half of the rows are gates,
+    /// the other those that they gate.
+    ///
+    /// # Errors
+    /// As there.
+    fn upload_gated(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        self.upload(parts, bias)
+    }
+
     /// The name of the kernel that executes attention over a cache of `dtype`: `cpu_avx512bf16_mxfp8`.
     fn attention_kernel(&self, dtype: KvCacheDtype) -> String;
 
@@ -385,6 +394,15 @@ pub trait Backend {
 
     /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, width + i]`; `gate_up` is `[M, 2 * width]`.
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer);
+
+    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, where `gate_up` is what [`linear`](Self::linear) makes of
+    /// `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is `[M, N]`: a device that does all
+    /// at once leaves it as it is.
+    fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, scratch: &mut Buffer, out: &mut Buffer) {
+        let n = weight.shape()[0];
+        self.linear(x, rows, weight, scratch, n, 0);
+        self.silu_mul(scratch, rows, n / 2, out);
+    }
 
     /// Draws one token per row of `logits` `[M, width]`, M = `params.len()`, into `out` (U32 `[M]`).
     fn sample(&self, logits: &Buffer, width: usize, params: &[SampleParams], out: &mut Buffer);

@@ -111,11 +111,13 @@ impl LayerLoader<'_> {
                 window: config.windows[index],
             },
             post_attention_norm: norm(names.post_attention_norm, hidden)?,
-            mlp: GatedMlp {
-                gate_up: linear(&[(gate, width), (up, width)], hidden, biases.mlp)?,
-                down: linear(&[(names.down, hidden)], width, biases.mlp)?,
-                width,
-            },
+            mlp: GatedMlp::load(
+                self.backend,
+                self.source,
+                [gate, up, names.down].map(|name| format!("{layer}.{name}")),
+                [width, hidden],
+                biases.mlp,
+            )?,
         })
     }
 }

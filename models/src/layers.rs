@@ -42,6 +42,18 @@ impl Linear {
         cols: usize,
         bias: bool,
     ) -> Result<Self, ModelError> {
+        Self::load_stacks(backend, source, modules, cols, bias, false)
+    }
+
+    /// `is_gated`: if all modules are one stack, it is for [`Backend::gated_linear`].
+    fn load_stacks(
+        backend: &dyn Backend,
+        source: &dyn ParameterSource,
+        modules: &[Module],
+        cols: usize,
+        bias: bool,
+        is_gated: bool,
+    ) -> Result<Self, ModelError> {
         let mut linear = Self { parts: Vec::new(), width: 0, parameters: 0 };
         let mut stack = Stack::default();
         for module in modules {
@@ -54,7 +66,12 @@ impl Linear {
             }
             stack.push(&module.name, tensor);
         }
-        linear.push(stack.upload(backend, linear.width)?);
+        let is_gated = is_gated && linear.parts.is_empty();
+        linear.push(if is_gated {
+            stack.upload_gated(backend)?
+        } else {
+            stack.upload(backend, linear.width)?
+        });
         linear.parameters += if bias { linear.width } else { 0 };
         Ok(linear)
     }
@@ -103,9 +120,25 @@ impl Stack {
     }
 
     fn upload(self, backend: &dyn Backend, column: usize) -> kernels::Result<LinearPart> {
-        let sources: Vec<_> = self.tensors.iter().map(LinearTensor::source).collect();
-        let bias = (!self.bias.is_empty()).then_some(self.bias.as_slice());
-        Ok(LinearPart { group: self.names.join("+"), weight: backend.upload(&sources, bias)?, column })
+        let weight = backend.upload(&self.sources(), self.bias())?;
+        Ok(LinearPart { group: self.group(), weight, column })
+    }
+
+    fn upload_gated(self, backend: &dyn Backend) -> kernels::Result<LinearPart> {
+        let weight = backend.upload_gated(&self.sources(), self.bias())?;
+        Ok(LinearPart { group: self.group(), weight, column: 0 })
+    }
+
+    fn sources(&self) -> Vec<WeightSource<'_>> {
+        self.tensors.iter().map(LinearTensor::source).collect()
+    }
+
+    fn bias(&self) -> Option<&[f32]> {
+        (!self.bias.is_empty()).then_some(self.bias.as_slice())
+    }
+
+    fn group(&self) -> String {
+        self.names.join("+")
     }
 }
 
@@ -188,16 +221,37 @@ impl Attention {
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
 pub(crate) struct GatedMlp {
-    pub(crate) gate_up: Linear,
-    pub(crate) down: Linear,
-    pub(crate) width: usize,
+    gate_up: Linear,
+    down: Linear,
+    width: usize,
 }
 
 impl GatedMlp {
+    /// Loads `gate` and `up`, `[width, hidden]`, and `down`, `[hidden, width]`.
+    pub(crate) fn load(
+        backend: &dyn Backend,
+        source: &dyn ParameterSource,
+        [gate, up, down]: [String; 3],
+        [width, hidden]: [usize; 2],
+        bias: bool,
+    ) -> Result<Self, ModelError> {
+        let gate_up = [gate, up].map(|name| Module { name, rows: width });
+        let down = Module { name: down, rows: hidden };
+        Ok(Self {
+            gate_up: Linear::load_stacks(backend, source, &gate_up, hidden, bias, true)?,
+            down: Linear::load(backend, source, &[down], width, bias)?,
+            width,
+        })
+    }
+
     /// From `ws.normed` to `ws.delta`.
     fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
-        self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
-        backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
+        if let [both] = self.gate_up.parts() {
+            backend.gated_linear(&ws.normed, rows, &both.weight, &mut ws.gate_up, &mut ws.activated);
+        } else {
+            self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
+            backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
+        }
         self.down.forward(backend, &ws.activated, rows, &mut ws.delta);
     }
 }

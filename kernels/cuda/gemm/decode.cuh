@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 
 #include "mx/tile.cuh"
+#include "ops/swiglu.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -30,6 +31,7 @@ struct Params {
     int cluster;             // CTAs of a cluster: 1, 2, 4, 8
     int out_width, column;   // the product's first column in a row of `out`
     int out_is_f32;
+    int is_gated;            // rows g and g + 8 of tile i are gate and up of result 8 i + g: `out` is silu(gate) * up
 };
 
 /// Shared memory: ring | barriers | sums | x.
@@ -118,9 +120,30 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[2][M_TILE / 8][4], c
     for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[1][j], a, b[1][j][2], b[1][j][3]);
 }
 
+/// As `finish`, for a gated product: two sums to a result.
+template <int SEGMENTS>
+__device__ __forceinline__ void finish_gated(const Params& p, const float* sums, int sum_stride, int row_tile, int thread) {
+    constexpr int ROWS = tile::ROWS / 2;
+    const int half = p.n / 2;
+    for (int i = thread; i < ROWS * p.m; i += 32 * SEGMENTS) {
+        const int token = i / ROWS, row = i % ROWS, n = row_tile * ROWS + row;
+        if (n >= half) continue;
+        float values[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int in_tile = row + ROWS * h;
+            const float sum = tree_sum<SEGMENTS>(sums + in_tile * sum_stride + token, tile::ROWS * sum_stride);
+            values[h] = sum * p.factors[row_tile * tile::ROWS + in_tile] + (p.bias != nullptr ? p.bias[n + half * h] : 0.0f);
+        }
+        static_cast<__nv_bfloat16*>(p.out)[size_t(token) * p.out_width + n] =
+            __float2bfloat16(ops::swiglu(values[0], values[1]));
+    }
+}
+
 /// Adds up the segments of one row of tiles and writes the results; by `32 * SEGMENTS` threads.
 template <int SEGMENTS>
 __device__ __forceinline__ void finish(const Params& p, const float* sums, int sum_stride, int row_tile, int thread) {
+    if (p.is_gated) return finish_gated<SEGMENTS>(p, sums, sum_stride, row_tile, thread);
     for (int i = thread; i < tile::ROWS * p.m; i += 32 * SEGMENTS) {
         const int token = i / tile::ROWS, row = i % tile::ROWS, n = row_tile * tile::ROWS + row;
         if (n >= p.n) continue;

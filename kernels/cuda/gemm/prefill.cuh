@@ -5,15 +5,17 @@
 // rows x 64 columns that hold, lane by lane, the fragment of one warp. Weights expanded to E4M3 come as shared memory is
 // to hold them.
 //
-//   warpgroup 0      one thread of each warp fills the stages: boxes of X by tensor map, weights by bulk copies
-//   warpgroups 1, 2  64 rows of W each by TOKENS rows of X; accumulators stay in registers
+//   warpgroup 0    one thread of each warp fills the stages: boxes of X by tensor map, weights by bulk copies
+//   the GROUPS others  64 rows of W each by TOKENS rows of X; accumulators stay in registers
 //
-// A CTA computes 128 x TOKENS results at a time. CTAs of a cluster work on neighbouring rows of W and the same tokens, and
-// each loads its part of X for all.
+// A CTA computes 64 GROUPS x TOKENS results at a time. CTAs of a cluster work on neighbouring rows of W and the same
+// tokens, and each loads its part of X for all. Where there are too few blocks for all CTAs, K is cut into parts, whose
+// sums the CTAs of a block exchange through memory (prefill_parts.cuh).
 #pragma once
 
 #include <cstdint>
 
+#include "gemm/prefill_parts.cuh"
 #include "gemm/prefill_store.cuh"
 #include "mx/tile.cuh"
 #include "ptx/barrier.cuh"
@@ -25,29 +27,39 @@ namespace gemm {
 
 using ptx::Operand;
 
-constexpr int ROWS = 128;
-constexpr int THREADS = 384, CONSUMER_WARPS = 8;
-constexpr int ROW_TILES = ROWS / TILE_ROWS;
 constexpr int X_ROW_BYTES = 128;
 constexpr int SHARED_BYTES = 232448;
-/// Named barriers of the warpgroups' turns; those before are the epilogue's.
-constexpr uint32_t TURN_BARRIER = STAGING_BARRIER + 2;
+/// Threads of a CTA, and registers of a thread of the copying warpgroup and of the others: together what `THREADS` threads
+/// get at launch.
+template <int GROUPS>
+constexpr int THREADS = 128 * (1 + GROUPS);
+template <int GROUPS>
+constexpr int COPY_REGISTERS = GROUPS == 2 ? 40 : 32;
+template <int GROUPS>
+constexpr int MULTIPLY_REGISTERS = GROUPS == 2 ? 232 : 112;
 
 /// Sizes that follow from the weight tiles and the tokens per CTA.
-template <class Weights, int TOKENS>
+template <class Weights, int TOKENS, int GROUPS>
 struct Layout {
-    /// Boxes of X in a stage, next to each other along K. Few tokens take two, to be spared half of the copies and waits.
-    static constexpr int BOXES = Weights::OPERAND == Operand::Bf16 && TOKENS < 256 ? 2 : 1;
+    static constexpr int ROW_TILES = 4 * GROUPS;
+    /// Boxes of X in a stage, next to each other along K. Few tokens take two, to be spared half of the copies and waits,
+    /// if two of them with their weights are not too large.
+    static constexpr bool IS_SMALL = Weights::OPERAND == Operand::Bf16 && TOKENS < 256;
+    static constexpr int BOXES = IS_SMALL && ROW_TILES * Weights::TILE_BYTES < 32768 ? 2 : 1;
     static constexpr int BOX_BYTES = TOKENS * X_ROW_BYTES;
     /// Weight tiles along K that a box, and a stage, meet.
     static constexpr int BOX_TILES = Weights::OPERAND == Operand::Bf16 ? 1 : 2;
     static constexpr int STAGE_TILES = BOXES * BOX_TILES;
     static constexpr int X_BYTES = BOXES * BOX_BYTES;
     static constexpr int W_BYTES = ROW_TILES * STAGE_TILES * Weights::TILE_BYTES;
-    static constexpr int OTHER_BYTES = 2 * STAGING_BYTES + 1024 + 256;
+    static constexpr int OTHER_BYTES = GROUPS * STAGING_BYTES + 1024 + 256;
     static constexpr int MOST_STAGES = (SHARED_BYTES - OTHER_BYTES) / (X_BYTES + W_BYTES);
     static constexpr int STAGES = MOST_STAGES < 8 ? MOST_STAGES : 8;
     static_assert(STAGES >= 3 && W_BYTES % 128 == 0);
+    /// Parts of K are whole stages.
+    static __device__ __forceinline__ uint32_t first_tile(uint32_t k_tiles, uint32_t part, uint32_t parts) {
+        return min((k_tiles + STAGE_TILES - 1) / STAGE_TILES * part / parts * STAGE_TILES, k_tiles);
+    }
 };
 
 /// The stage a warp is at, and the parity its full barrier will have.
@@ -63,24 +75,29 @@ struct Cursor {
     }
 };
 
-/// Walks over the blocks of the result: `group` blocks of tokens by all rows of W, then the next blocks of tokens.
+/// Walks over the blocks of the result: `group` blocks of tokens by all rows of W, then the next blocks of tokens. Each
+/// is `parts` items, one for each part of K.
 struct Schedule {
-    uint32_t row_blocks, token_blocks, group;
+    uint32_t row_blocks, token_blocks, group, parts;
 
-    __device__ __forceinline__ uint32_t count() const { return row_blocks * token_blocks; }
+    __device__ __forceinline__ uint32_t count() const { return row_blocks * token_blocks * parts; }
 
-    /// (block of rows, block of tokens) number `index`.
-    __device__ __forceinline__ uint2 at(uint32_t index) const {
+    /// (block of rows, block of tokens) of item number `item`.
+    __device__ __forceinline__ uint2 at(uint32_t item) const {
+        const uint32_t index = item / parts;
         const uint32_t first = index / (group * row_blocks) * group;
         const uint32_t rest = index - first * row_blocks, size = min(group, token_blocks - first);
         return make_uint2(rest / size, first + rest % size);
     }
 };
 
-template <class Weights, int TOKENS, int CLUSTER>
+template <class Weights, int TOKENS, int CLUSTER, int GROUPS>
 struct Prefill {
-    using L = Layout<Weights, TOKENS>;
+    using L = Layout<Weights, TOKENS, GROUPS>;
     static constexpr int STAGES = L::STAGES;
+    static constexpr int ROW_TILES = L::ROW_TILES, ROWS = ROW_TILES * TILE_ROWS, CONSUMER_WARPS = 4 * GROUPS;
+    /// Named barriers: of the store, of the exchange of parts, of the warpgroups' turns.
+    static constexpr uint32_t PARTS_BARRIER = STAGING_BARRIER + GROUPS, TURN_BARRIER = PARTS_BARRIER + 1;
     static constexpr bool IS_EXPANDED = Weights::OPERAND == Operand::E4m3;
 
     const PrefillArgs& args;
@@ -96,12 +113,12 @@ struct Prefill {
         x_stages = (start + 1023) & ~1023u;
         w_stages = shared + (x_stages - start) + STAGES * L::X_BYTES;
         staging = x_stages + STAGES * (L::X_BYTES + L::W_BYTES);
-        full = staging + 2 * STAGING_BYTES;
+        full = staging + GROUPS * STAGING_BYTES;
         empty = full + STAGES * 8;
         rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
         constexpr uint32_t CLUSTER_ROWS = ROWS * CLUSTER;
         schedule = {(args.row_tiles * TILE_ROWS + CLUSTER_ROWS - 1) / CLUSTER_ROWS, (args.m + TOKENS - 1) / TOKENS,
-                    args.group};
+                    args.group, args.parts};
     }
 
     __device__ __forceinline__ uint32_t first_row(uint2 block) const { return (block.x * CLUSTER + rank) * ROWS; }
@@ -120,13 +137,15 @@ struct Prefill {
             __syncthreads();
         }
         ptx::launch_dependents();
-        ptx::wait_for_dependencies();
         if (threadIdx.x < 128) {
-            ptx::shrink_registers<40>();
+            ptx::shrink_registers<COPY_REGISTERS<GROUPS>>();
+            // Packed weights depend on no kernel: those of the first stages arrive while the one before finishes.
+            if (IS_EXPANDED || threadIdx.x < 32) ptx::wait_for_dependencies();
             if (threadIdx.x % 32 == 0) produce(threadIdx.x / 32);
             __syncwarp();
         } else {
-            ptx::grow_registers<232>();
+            ptx::grow_registers<MULTIPLY_REGISTERS<GROUPS>>();
+            ptx::wait_for_dependencies();
             consume();
         }
         // A CTA's shared memory is written, and its barriers are used, by its neighbours until they are done.
@@ -143,9 +162,12 @@ struct Prefill {
             const uint32_t first_tile = first_row(block) / TILE_ROWS;
             const uint32_t here = min(args.row_tiles - min(first_tile, args.row_tiles), uint32_t(ROW_TILES));
             const uint32_t boxes = (args.k_tiles + L::STAGE_TILES - 1) / L::STAGE_TILES;
-            const uint8_t* expanded = args.tiles + size_t(first_tile / ROW_TILES) * boxes * L::W_BYTES;
+            const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
+            const uint32_t end_k = L::first_tile(args.k_tiles, part + 1, args.parts);
+            const uint8_t* expanded =
+                args.tiles + (size_t(first_tile / ROW_TILES) * boxes + first_k / L::STAGE_TILES) * L::W_BYTES;
             const uint8_t* tiles = args.tiles + size_t(first_tile + p * EACH) * args.k_tiles * Weights::TILE_BYTES;
-            for (uint32_t k_tile = 0; k_tile < args.k_tiles; k_tile += L::STAGE_TILES, at.advance()) {
+            for (uint32_t k_tile = first_k; k_tile < end_k; k_tile += L::STAGE_TILES, at.advance()) {
                 const uint32_t bytes = min(args.k_tiles - k_tile, uint32_t(L::STAGE_TILES)) * Weights::TILE_BYTES;
                 const uint32_t barrier = full + 8 * at.stage;
                 ptx::barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
@@ -213,22 +235,28 @@ struct Prefill {
         if (IS_EXPANDED && threadIdx.x / 128 == 2) ptx::named_barrier_arrive(TURN_BARRIER, 256);
         for (uint32_t index = blockIdx.x / CLUSTER; index < schedule.count(); index += gridDim.x / CLUSTER) {
             const uint2 block = schedule.at(index);
+            const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
+            const uint32_t tiles = L::first_tile(args.k_tiles, part + 1, args.parts) - first_k;
             float acc[TOKENS / 2];
             if constexpr (IS_EXPANDED) {
-                multiply_promoting(at, acc);
+                multiply_promoting(at, acc, tiles);
             } else {
-                multiply(at, acc);
+                multiply(at, acc, tiles);
             }
-            store<TOKENS>(args, staging, acc, first_row(block), block.y * TOKENS);
+            TokenRange range{0, TOKENS};
+            if (args.parts > 1) {
+                const uint32_t result = index / args.parts * CLUSTER + rank;
+                range = add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
+            }
+            store<TOKENS>(args, staging, acc, first_row(block), block.y * TOKENS + range.first, range.count);
         }
     }
 
     __device__ __forceinline__ uint32_t stage_before(uint32_t stage) const { return stage == 0 ? STAGES - 1 : stage - 1; }
 
-    /// One block in BF16. An instruction with A in registers holds the warp until the tensor core takes it: so the next
+    /// `tiles` tiles along K of one block, in BF16. An instruction with A in registers holds the warp until the tensor core takes it: so the next
     /// tile is decoded between the instructions of this one, and the tensor core always has one to go on with.
-    __device__ __forceinline__ void multiply(Cursor<STAGES>& at, float (&acc)[TOKENS / 2]) const {
-        const uint32_t tiles = args.k_tiles;
+    __device__ __forceinline__ void multiply(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
         uint32_t even[4][4], odd[4][4];
         typename Weights::Lane lane;
         ptx::barrier_wait(full + 8 * at.stage, at.parity);
@@ -276,15 +304,15 @@ struct Prefill {
         at.advance();
     }
 
-    /// One block in E4M3. The tensor core adds with fewer bits than FP32 has, so every 128 of K go through accumulators of
+    /// As `multiply`, in E4M3. The tensor core adds with fewer bits than FP32 has, so every 128 of K go through accumulators of
     /// their own, half of the tokens at a time. The warpgroups take turns, so that one multiplies while the other adds up.
-    __device__ __forceinline__ void multiply_promoting(Cursor<STAGES>& at, float (&acc)[TOKENS / 2]) const {
+    __device__ __forceinline__ void multiply_promoting(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
         constexpr int PART = 128;
         const uint32_t group = threadIdx.x / 128 - 1;
         float sums[PART / 2];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
-        for (uint32_t k_tile = 0; k_tile < args.k_tiles; k_tile += L::STAGE_TILES, at.advance()) {
+        for (uint32_t k_tile = 0; k_tile < tiles; k_tile += L::STAGE_TILES, at.advance()) {
             ptx::barrier_wait(full + 8 * at.stage, at.parity);
             const uint64_t x = ptx::swizzled_descriptor(x_stages + at.stage * L::X_BYTES);
             const uint64_t w = ptx::swizzled_descriptor(

@@ -2,4 +2,4 @@
 
 #include "gemm/prefill_kernels.cuh"
 
-PREFILL_KERNEL(prefill_expanded_256, gemm::Expanded, 256, 1)
+PREFILL_KERNEL(prefill_expanded_256, gemm::Expanded, 256, 1, 2)

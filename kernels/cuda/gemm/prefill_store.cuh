@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "mx/tile.cuh"
+#include "ops/swiglu.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/matrix.cuh"
 
@@ -41,9 +42,21 @@ struct PrefillArgs {
     uint32_t is_f32;
     /// Whether BF16 rows of `out` allow 16-byte stores.
     uint32_t aligned;
+    /// With `paired_half`: the two rows are gate and up of one result, silu(gate) * up, BF16.
+    uint32_t is_gated;
+    /// Parts that K is cut into: 1, 2, 4 or 8. With more than one, all CTAs of the grid run at once, and have one at most.
+    uint32_t parts;
+    /// Sums of parts, F32 [result][part][64 GROUPS x TOKENS]; and for each result how many are there, zero between launches.
+    float4* partial_sums;
+    uint32_t* arrivals;
 };
 
 constexpr int TILE_ROWS = tile::ROWS;
+/// Tokens of a block that a CTA writes.
+struct TokenRange {
+    uint32_t first, count;
+};
+
 /// Tokens that a warpgroup stages at once on their way out, 64 results of two bytes each.
 constexpr int STAGED_TOKENS = 64, STAGING_BYTES = STAGED_TOKENS * 64 * 2;
 /// Named barriers, one per warpgroup.
@@ -62,11 +75,72 @@ __device__ __forceinline__ Columns columns_of(const PrefillArgs& args, uint32_t 
     return {tile * 8 + h * half, h == 0 ? half : args.n};
 }
 
-/// Scales and writes a block of 128 x TOKENS, of which each of two warpgroups has 64 rows. `acc` is as wgmma leaves it:
-/// see ptx/wgmma.cuh. `staging` is the shared address of two times STAGING_BYTES.
+/// Where the eight results number `eight` of a token are staged by the calling warpgroup: the 64 results of a token are
+/// 128 bytes, whose eights are permuted by the token, so that neither way has bank conflicts.
+__device__ __forceinline__ uint32_t staging_place(uint32_t staging, uint32_t token, uint32_t eight) {
+    return staging + (threadIdx.x / 128 - 1) * STAGING_BYTES + token * 128 + (eight ^ token % 8) * 16;
+}
+
+__device__ __forceinline__ uint4 load_staged(uint32_t place) {
+    uint4 results;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(results.x), "=r"(results.y), "=r"(results.z), "=r"(results.w)
+                 : "r"(place)
+                 : "memory");
+    return results;
+}
+
+/// Writes those of eight results that are in `columns`, to `to` and on.
+__device__ __forceinline__ void write_eight(const PrefillArgs& args, __nv_bfloat16* to, uint4 results, Columns columns) {
+    if (args.aligned && columns.first + 8 <= columns.end) {
+        *reinterpret_cast<uint4*>(to) = results;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t word = i < 2 ? results.x : i < 4 ? results.y : i < 6 ? results.z : results.w;
+        if (columns.first + i < columns.end) {
+            reinterpret_cast<uint16_t*>(to)[i] = uint16_t(i % 2 == 0 ? word : word >> 16);
+        }
+    }
+}
+
+/// Writes the 32 results of each of STAGED_TOKENS tokens that a warpgroup has of a gated product: eight of each of its
+/// four tiles. `value(j, i)` is the calling thread's for token 8 j + 2 (lane % 4) + i.
+template <typename IsWritten, typename Value>
+__device__ __forceinline__ void store_gated(const PrefillArgs& args, uint32_t staging, uint32_t group_tile,
+                                            uint32_t chunk_token, IsWritten is_written, Value value) {
+    const uint32_t thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128 - 1;
+    ptx::named_barrier(STAGING_BARRIER + group, 128);
+#pragma unroll
+    for (int j = 0; j < STAGED_TOKENS / 8; j += 4) {
+        uint32_t m[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(value(j + q, 0), value(j + q, 1));
+            m[q] = reinterpret_cast<const uint32_t&>(pair);
+        }
+        ptx::store_matrices_transposed(staging_place(staging, 8 * j + lane, warp), m);
+    }
+    ptx::named_barrier(STAGING_BARRIER + group, 128);
+    // Four lanes write the results of a token.
+    const uint32_t eight = thread % 4, tile = group_tile + eight;
+    const uint32_t first = (args.first_row_tile + tile) * 8;
+    const Columns columns = {first, tile < args.row_tiles ? args.paired_half : 0};
+#pragma unroll
+    for (int pass = 0; pass < STAGED_TOKENS / 32; ++pass) {
+        const uint32_t local = pass * 32 + thread / 4, token = chunk_token + local;
+        const uint4 results = load_staged(staging_place(staging, local, eight));
+        if (!is_written(token) || columns.first >= columns.end) continue;
+        write_eight(args, static_cast<__nv_bfloat16*>(args.out) + token * args.out_stride + first, results, columns);
+    }
+}
+
+/// Scales and writes `tokens` tokens of a block, from `block_token` on, of which each warpgroup has 64 rows. `acc` is as
+/// wgmma leaves it: see ptx/wgmma.cuh. `staging` is the shared address of STAGING_BYTES for each warpgroup.
 template <int TOKENS>
 __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging, const float (&acc)[TOKENS / 2],
-                                      uint32_t block_row, uint32_t block_token) {
+                                      uint32_t block_row, uint32_t block_token, uint32_t tokens) {
     const uint32_t thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, warp = thread / 32, lane = thread % 32;
     // Tiles count from the first of this launch, rows from the first of W.
     const uint32_t group_tile = block_row / TILE_ROWS + group * 4;
@@ -84,7 +158,9 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
 #pragma unroll
     for (int first = 0; first < TOKENS; first += STAGED_TOKENS) {
         const uint32_t chunk_token = block_token + first;
-        if (chunk_token >= args.m) break;
+        const uint32_t end = min(args.m, block_token + tokens);
+        if (chunk_token >= end) break;
+        const auto is_written = [&](uint32_t token) { return token < end; };
         float2 by[STAGED_TOKENS / 8];
 #pragma unroll
         for (int j = 0; j < STAGED_TOKENS / 8; ++j) {
@@ -98,6 +174,12 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
         const auto value = [&](int j, int h, int i) {
             return acc[first / 2 + 4 * j + 2 * h + i] * factor[h] * (i == 0 ? by[j].x : by[j].y) + bias[h];
         };
+        if (args.is_gated) {
+            store_gated(args, staging, group_tile, chunk_token, is_written, [&](int j, int i) {
+                return ops::swiglu(value(j, 0, i), value(j, 1, i));
+            });
+            continue;
+        }
         if (args.is_f32) {
             // Eight lanes write 32 bytes of one token.
             float* const out = static_cast<float*>(args.out);
@@ -106,16 +188,14 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
                 const int j = e / 4, h = e / 2 % 2, i = e % 2;
                 const uint32_t token = chunk_token + 8 * j + lane % 4 * 2 + i;
                 const Columns columns = columns_of(args, group_tile + warp, h);
-                if (token < args.m && columns.first + g < columns.end) {
+                if (is_written(token) && columns.first + g < columns.end) {
                     out[token * args.out_stride + columns.first + g] = value(j, h, i);
                 }
             }
             continue;
         }
-        // Through shared memory: the 64 results of a token are 128 bytes, whose eights are permuted by the token, so
-        // that neither way has bank conflicts.
-        const uint32_t mine = staging + group * STAGING_BYTES;
-        const auto place = [&](uint32_t token, uint32_t eight) { return mine + token * 128 + (eight ^ token % 8) * 16; };
+        // Through shared memory.
+        const auto place = [&](uint32_t token, uint32_t eight) { return staging_place(staging, token, eight); };
         ptx::named_barrier(STAGING_BARRIER + group, 128);
 #pragma unroll
         for (int j = 0; j < STAGED_TOKENS / 8; j += 2) {
@@ -136,24 +216,9 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
 #pragma unroll
         for (int pass = 0; pass < STAGED_TOKENS / 16; ++pass) {
             const uint32_t local = pass * 16 + thread / 8, token = chunk_token + local;
-            uint4 results;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(results.x), "=r"(results.y), "=r"(results.z), "=r"(results.w)
-                         : "r"(place(local, eight))
-                         : "memory");
-            if (token >= args.m || columns.first >= columns.end) continue;
-            __nv_bfloat16* const to = out + token * args.out_stride;
-            if (args.aligned && columns.first + 8 <= columns.end) {
-                *reinterpret_cast<uint4*>(to) = results;
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const uint32_t word = i < 2 ? results.x : i < 4 ? results.y : i < 6 ? results.z : results.w;
-                    if (columns.first + i < columns.end) {
-                        reinterpret_cast<uint16_t*>(to)[i] = uint16_t(i % 2 == 0 ? word : word >> 16);
-                    }
-                }
-            }
+            const uint4 results = load_staged(place(local, eight));
+            if (!is_written(token) || columns.first >= columns.end) continue;
+            write_eight(args, out + token * args.out_stride, results, columns);
         }
     }
 }

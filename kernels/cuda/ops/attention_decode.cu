@@ -325,8 +325,8 @@ struct DecodeAttention {
             ptx::barrier_init_fence();
         }
         __syncthreads();
-        // Step inputs and the cache of earlier positions were written at least two kernels ago: they are read, and
-        // their loads started, before this kernel's turn.
+        // Step inputs and the cache of earlier positions were written before this step's embedding, which lets no kernel
+        // start before its own turn: they are read, and their loads started, before this kernel's turn.
         int begin, end, share;
         DecodeCursor now = find(a, split, tiles, begin, end, share);
         if (begin >= end) {

@@ -10,6 +10,7 @@ namespace ops {
 template <tile::Format FORMAT, typename T>
 __device__ __forceinline__ void embed(const uint8_t* tiles, const float* factors, const uint32_t* tokens, T* out,
                                       uint32_t rows, int cols) {
+    // In this order: kernels of this step may read what steps before wrote without waiting for it.
     ptx::wait_for_dependencies();
     ptx::launch_dependents();
     const int tiles_per_row = (cols + tile::COLS - 1) / tile::COLS, pair = threadIdx.x % 4;

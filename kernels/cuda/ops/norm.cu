@@ -23,8 +23,9 @@ __device__ __forceinline__ void rms_norm_row(const __nv_bfloat16* delta, T* x, c
         const int at = (piece * blockDim.x + threadIdx.x) * VECTOR;
         if (at < width) load_piece<ALIGNED>(weight, at, width, w[piece]);
     }
-    ptx::wait_for_dependencies();
+    // The product that follows may fetch its first weights from now on; for the result it waits.
     ptx::launch_dependents();
+    ptx::wait_for_dependencies();
     float squares = 0.0f;
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {

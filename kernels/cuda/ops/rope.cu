@@ -47,8 +47,8 @@ __device__ __forceinline__ void rope_and_cache(const RopeArguments& a) {
     const int row = blockIdx.x, member = threadIdx.x % THREADS, at = member * VECTOR;
     const int heads = a.q_heads + 2 * a.kv_heads;
     __nv_bfloat16* heads_of_row = a.qkv + static_cast<size_t>(row) * heads * DIM;
-    ptx::wait_for_dependencies();
     ptx::launch_dependents();
+    ptx::wait_for_dependencies();
     const uint32_t slot = a.slots[row];
     const bool used = at < HALF;
     float cosine[VECTOR] = {}, sine[VECTOR] = {};

@@ -1,4 +1,5 @@
 // Row operators without arithmetic to speak of: gathering rows, SwiGLU.
+#include "ops/swiglu.cuh"
 #include "ops/vector.cuh"
 #include "ptx/launch.cuh"
 
@@ -20,9 +21,6 @@ extern "C" __global__ void __launch_bounds__(256)
 
 namespace ops {
 
-/// silu(g) * u = g / (1 + e^-g) * u, by the approximate division: the exact one takes a branch for zeros.
-__device__ __forceinline__ float swiglu(float g, float u) { return __fdividef(g, 1.0f + __expf(-g)) * u; }
-
 template <bool ALIGNED>
 __device__ __forceinline__ void silu_mul(const __nv_bfloat16* gate_up, __nv_bfloat16* out, int width) {
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
@@ -42,8 +40,8 @@ __device__ __forceinline__ void silu_mul(const __nv_bfloat16* gate_up, __nv_bflo
 /// Grid: (width / 8 / blockDim.x rounded up, rows).
 extern "C" __global__ void __launch_bounds__(256)
     ops_silu_mul(const __nv_bfloat16* gate_up, __nv_bfloat16* out, int width) {
-    ptx::wait_for_dependencies();
     ptx::launch_dependents();
+    ptx::wait_for_dependencies();
     if (width % ops::VECTOR == 0) {
         ops::silu_mul<true>(gate_up, out, width);
     } else {

@@ -87,6 +87,41 @@ impl CudaBackend {
         Error::Unsupported { what, device: self.device() }
     }
 
+    /// Packs and copies a weight, its rows in this order.
+    fn upload_in_order(
+        &self,
+        parts: &[WeightSource<'_>],
+        bias: Option<&[f32]>,
+        order: RowOrder,
+    ) -> Result<Weight> {
+        let first = parts.first().expect("a weight has at least one part");
+        assert!(parts.iter().all(|part| part.stacks_with(first)), "parts stack with each other");
+        let rows = parts.iter().map(|part| part.shape()[0]).sum();
+        assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
+        let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
+        let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
+        if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
+            let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());
+            if !whole_blocks || !LinearOperator::supports_activation(cast) {
+                let Cast { format, scale_rounding } = cast;
+                let what =
+                    format!("{} columns of activations in {format}, scales by {scale_rounding}", shape[1]);
+                return Err(self.unsupported(what));
+            }
+        }
+        let layout = TileLayout { format, shape, order };
+        let weight = self.state.borrow_mut().uploader.upload(layout, parts, bias)?;
+        let bytes = weight.bytes();
+        let scales = weight.scale_bytes();
+        let codes = if scheme.is_some() { Component::Weights } else { Component::Unquantized };
+        let mut charges =
+            vec![self.memory.charge(codes, bytes - scales), self.memory.charge(Component::Scales, scales)];
+        if let Some(bias) = bias {
+            charges.push(self.memory.charge(Component::Unquantized, size_of_val(bias)));
+        }
+        Ok(Weight { shape, scheme, data: WeightData::Cuda(weight), bias: None, _charges: charges, bytes })
+    }
+
     /// Copies `offset` bytes from the start of `buffer` on to `target`, after everything launched before.
     fn read(&self, buffer: &Buffer, offset: usize, target: &mut [u8]) {
         let memory = device_memory(buffer);
@@ -162,32 +197,11 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
-        let first = parts.first().expect("a weight has at least one part");
-        assert!(parts.iter().all(|part| part.stacks_with(first)), "parts stack with each other");
-        let rows = parts.iter().map(|part| part.shape()[0]).sum();
-        assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
-        let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
-        let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
-        if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
-            let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());
-            if !whole_blocks || !LinearOperator::supports_activation(cast) {
-                let Cast { format, scale_rounding } = cast;
-                let what =
-                    format!("{} columns of activations in {format}, scales by {scale_rounding}", shape[1]);
-                return Err(self.unsupported(what));
-            }
-        }
-        let layout = TileLayout { format, shape, order: RowOrder::Stacked };
-        let weight = self.state.borrow_mut().uploader.upload(layout, parts, bias)?;
-        let bytes = weight.bytes();
-        let scales = weight.scale_bytes();
-        let codes = if scheme.is_some() { Component::Weights } else { Component::Unquantized };
-        let mut charges =
-            vec![self.memory.charge(codes, bytes - scales), self.memory.charge(Component::Scales, scales)];
-        if let Some(bias) = bias {
-            charges.push(self.memory.charge(Component::Unquantized, size_of_val(bias)));
-        }
-        Ok(Weight { shape, scheme, data: WeightData::Cuda(weight), bias: None, _charges: charges, bytes })
+        self.upload_in_order(parts, bias, RowOrder::Stacked)
+    }
+
+    fn upload_gated(&self, parts: &[WeightSource<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        self.upload_in_order(parts, bias, RowOrder::Paired)
     }
 
     fn attention_kernel(&self, dtype: KvCacheDtype) -> String {
@@ -322,6 +336,11 @@ impl Backend for CudaBackend {
         out: &mut Buffer,
     ) {
         self.attention.attend(qkv, heads, scale, window, inputs, cache, out);
+    }
+
+    fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, _: &mut Buffer, out: &mut Buffer) {
+        let activation = weight.scheme.and_then(|scheme| scheme.activation);
+        self.linear.gated(x, rows, tiled(weight), activation, out);
     }
 
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer) {

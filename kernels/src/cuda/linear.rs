@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::mx::{Cast, Scheme};
 
 /// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
-const DECODE_ROWS: usize = 32;
+const DECODE_ROWS: usize = 16;
 
 /// BF16 elements in 16 bytes: where rows of x do not start at such, only the kernels for few rows can read them.
 const COPIED_ELEMENTS: usize = 8;
@@ -65,19 +65,47 @@ impl LinearOperator {
     ) {
         let [n, k] = weight.layout().shape;
         assert!(column + n <= out_width, "{n} columns from {column} on in rows of {out_width}");
+        let x = address(x, Dtype::Bf16, rows * k);
+        let (out_dtype, out) = (out.dtype(), address(out, out.dtype(), rows * out_width));
+        let product = Product { x, rows, out, out_dtype, out_width, column, is_gated: false };
+        // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
+        unsafe { self.multiply(weight, activation, &product) };
+    }
+
+    /// `out[m, i] = silu(gate[m, i]) * up[m, i]` of a weight whose rows are pairs of gate and up; see
+    /// [`Backend`](crate::Backend::gated_linear).
+    pub(crate) fn gated(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        weight: &TiledWeight,
+        activation: Option<Cast>,
+        out: &mut Buffer,
+    ) {
+        let [n, k] = weight.layout().shape;
+        let (out_dtype, out_width) = (Dtype::Bf16, n / 2);
+        let x = address(x, Dtype::Bf16, rows * k);
+        let out = address(out, out_dtype, rows * out_width);
+        let product = Product { x, rows, out, out_dtype, out_width, column: 0, is_gated: true };
+        // SAFETY: as above.
+        unsafe { self.multiply(weight, activation, &product) };
+    }
+
+    /// # Safety
+    /// The addresses have the elements that `product` says, 16-byte aligned.
+    unsafe fn multiply(&self, weight: &TiledWeight, activation: Option<Cast>, product: &Product) {
+        let Product { x, rows, .. } = *product;
+        let k = weight.layout().shape[1];
         if rows == 0 {
             return;
         }
-        let x = address(x, Dtype::Bf16, rows * k);
-        let (out_dtype, out) = (out.dtype(), address(out, out.dtype(), rows * out_width));
-        let product = Product { x, rows, out, out_dtype, out_width, column };
-        // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
+        // SAFETY: the caller's promise.
         unsafe {
             if rows > DECODE_ROWS && k.is_multiple_of(COPIED_ELEMENTS) {
-                self.prefill.linear(weight, activation, &product);
+                self.prefill.linear(weight, activation, product);
             } else {
                 let x = activation.map_or(x, |cast| self.prefill.to_bf16(cast, x, [rows, k]));
-                self.decode.linear(weight, &Product { x, ..product });
+                self.decode.linear(weight, &Product { x, ..*product });
             }
         }
     }

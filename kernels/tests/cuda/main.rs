@@ -6,6 +6,7 @@
 mod common;
 mod decode;
 mod executor;
+mod gated;
 mod ops;
 mod prefill;
 

@@ -10,7 +10,7 @@ use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSourc
 use crate::gpu;
 
 /// xorshift64*.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -30,22 +30,22 @@ impl Random {
         bf16::from_f32(sum * 1.7).to_f32()
     }
 
-    fn normals(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn normals(&mut self, len: usize) -> Vec<f32> {
         (0..len).map(|_| self.normal()).collect()
     }
 }
 
 /// An MX tensor `[rows, cols]`, and the values it decodes to.
-struct Matrix {
+pub(crate) struct Matrix {
     format: MxFormat,
     shape: [usize; 2],
     codes: Vec<u8>,
     scales: Vec<u8>,
-    values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
 }
 
 impl Matrix {
-    fn new(element: ElementType, shape: [usize; 2], values: &[f32]) -> Self {
+    pub(crate) fn new(element: ElementType, shape: [usize; 2], values: &[f32]) -> Self {
         let format = MxFormat::new(element);
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut codes = vec![0; format.code_bytes(values.len())];
@@ -66,7 +66,7 @@ impl Matrix {
         MxTensor::new(self.format, self.shape, &self.codes, &self.scales).unwrap()
     }
 
-    fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
+    pub(crate) fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
         WeightSource::Mx { tensor: self.tensor(), scale_rounding: ScaleRounding::Even, activation }
     }
 }
@@ -250,6 +250,35 @@ fn nan_stays_in_its_row() {
                     "{m} x {n} x {k}, {activation:?}: [{row}, {column}] is {y}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn parts_of_k_add_up_the_same_every_time() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(11);
+    // Few blocks and much of K: cut into parts, also uneven ones, by kernels for 64, 128 and 256 tokens.
+    for (element, m, n, k) in [
+        (ElementType::E2m1, 64, 300, 4160),
+        (ElementType::E2m3, 40, 520, 32 * 67),
+        (ElementType::E4m3, 200, 1000, 8192),
+        (ElementType::Int8, 250, 4096, 2048),
+        (ElementType::E2m1, 500, 2000, 8192),
+    ] {
+        let weight = Matrix::new(element, [n, k], &random.normals(n * k));
+        let (x, bias) = (random.normals(m * k), random.normals(n));
+        let uploaded = gpu.upload(&[weight.source(None)], Some(&bias)).unwrap();
+        let what = format!("{element:?} {m} x {n} x {k}");
+        let actual = product(&*gpu, &x, &uploaded, Dtype::F32);
+        let rows: Vec<usize> = (0..m).step_by(7).collect();
+        check(&what, &actual, [&x, &weight.values], &bias, k, &rows, 1e-6);
+        for _ in 0..20 {
+            assert!(actual == product(&*gpu, &x, &uploaded, Dtype::F32), "{what}, again");
+        }
+        if m <= 64 {
+            let some = product(&*gpu, &x[..35 * k], &uploaded, Dtype::F32);
+            assert!(some == actual[..35 * n], "{what}: fewer rows");
         }
     }
 }

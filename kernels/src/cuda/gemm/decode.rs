@@ -36,17 +36,21 @@ const SEGMENTS: usize = 8;
 const FEW_SEGMENTS: usize = 4;
 const MANY_ROW_TILES: usize = 384;
 
+/// Least shared memory of a block: more than half of a multiprocessor's. A kernel whose blocks start while those before it
+/// still run would otherwise get two on one multiprocessor and none on another.
+const LEAST_SHARED_BYTES: usize = 116 * 1024;
+
 /// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
 const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
     let few = rows <= M_TILES[0];
     match format {
-        TileFormat::E2m1 if few => [4, 2],
+        TileFormat::E2m1 if few => [4, 3],
         TileFormat::E2m1 => [2, 3],
         TileFormat::E2m3 | TileFormat::E3m2 if few => [4, 2],
         TileFormat::E2m3 | TileFormat::E3m2 => [2, 2],
-        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if few => [2, 2],
+        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if few => [2, 3],
         TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 => [1, 3],
-        TileFormat::Bf16 if few => [1, 3],
+        TileFormat::Bf16 if few => [1, 4],
         TileFormat::Bf16 => [1, 2],
     }
 }
@@ -69,6 +73,7 @@ struct Params {
     out_width: i32,
     column: i32,
     out_is_f32: i32,
+    is_gated: i32,
 }
 
 // SAFETY: numbers and addresses in the order of the kernel's structure.
@@ -105,7 +110,10 @@ impl DecodeGemm {
     /// K is so large that not even one row fits in shared memory.
     pub(crate) unsafe fn linear(&self, weight: &TiledWeight, product: &Product) {
         let layout = weight.layout();
-        assert!(layout.order == RowOrder::Stacked, "rows in order");
+        assert!(
+            (layout.order == RowOrder::Paired) == product.is_gated,
+            "pairs of rows are for gated products"
+        );
         let [n, k] = layout.shape;
         let few = layout.format == TileFormat::E2m1 && layout.row_tiles() >= MANY_ROW_TILES;
         let (kernels, segments) = if few {
@@ -124,6 +132,7 @@ impl DecodeGemm {
         for pass in 0..passes {
             let rows = (product.rows - first).div_ceil(passes - pass);
             let shared = shared_bytes(layout.format, segments, most, layout.k_tiles(), cluster);
+            let shared = shared.max(LEAST_SHARED_BYTES);
             let launch = Launch::new((clusters * cluster) as u32, 32 * WARPS).cluster(cluster as u32);
             let params = Params {
                 tiles: weight.tiles(),
@@ -140,6 +149,7 @@ impl DecodeGemm {
                 out_width: int(product.out_width),
                 column: int(product.column),
                 out_is_f32: i32::from(product.out_dtype == Dtype::F32),
+                is_gated: i32::from(product.is_gated),
             };
             let kernel = &kernels[tile];
             // SAFETY: the caller's promise; the weight's addresses have what its layout says.

@@ -4,6 +4,7 @@ mod decode;
 mod plan;
 mod prefill;
 mod quantize;
+mod tensor_map;
 
 pub(crate) use self::decode::DecodeGemm;
 pub(crate) use self::prefill::Prefill;
@@ -27,4 +28,6 @@ pub(crate) struct Product {
     pub(crate) out_width: usize,
     /// Column of the first result.
     pub(crate) column: usize,
+    /// Whether the weight is pairs of gate and up, and the result `silu(gate) * up`: N / 2 columns of BF16.
+    pub(crate) is_gated: bool,
 }

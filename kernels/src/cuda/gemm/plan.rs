@@ -9,8 +9,21 @@ pub(super) const TOKENS: [u32; 3] = [64, 128, 256];
 /// Blocks of a cluster, for each of [`TOKENS`] with BF16. With E4M3 sharing x gains nothing.
 const CLUSTERS: [u32; TOKENS.len()] = [1, 1, 2];
 
-/// Rows of the weight that a block computes at a time.
-pub(super) const BLOCK_ROWS: usize = 128;
+/// Warpgroups of a block that multiply 64 rows of the weight each, for each of [`TOKENS`]. Few tokens leave registers for
+/// four, which hide each other's waits.
+const GROUPS: [u32; TOKENS.len()] = [4, 2, 2];
+const GROUP_ROWS: usize = 64;
+
+/// Rows of the weight that are expanded as a block of E4M3.
+pub(super) const EXPANDED_ROWS: usize = 128;
+
+/// Most bytes of a block's results in F32.
+pub(super) const MOST_RESULT_BYTES: usize = 128 << 10;
+
+/// Parts of K that there are kernels for.
+const PARTS: [usize; 4] = [1, 2, 4, 8];
+/// Tiles along K of a part, at least.
+const LEAST_PART_TILES: usize = 2;
 
 /// Blocks of 256 tokens whose rows of x stay in L2 while the weight streams past them.
 const GROUP_TOKENS: u32 = 4 * 256;
@@ -20,10 +33,13 @@ const GROUP_TOKENS: u32 = 4 * 256;
 const EXPANDED_BYTES: usize = 128 << 20;
 
 /// Clock cycles of a block for each of [`TOKENS`] and 64 of K with BF16, measured, and what it takes besides.
-const BF16_CYCLES: [f64; TOKENS.len()] = [580.0, 740.0, 1160.0];
+const BF16_CYCLES: [f64; TOKENS.len()] = [1060.0, 740.0, 1160.0];
 /// As above with E4M3 and the largest of [`TOKENS`].
 const E4M3_CYCLES: f64 = 665.0;
 const BLOCK_CYCLES: f64 = 5000.0;
+/// What adding up parts of K takes, and bytes of a result that a block writes and reads for it in a cycle.
+const EXCHANGE_CYCLES: f64 = 3000.0;
+const EXCHANGE_BYTES_PER_CYCLE: f64 = 32.0;
 /// Bytes that an expansion reads and writes in a cycle, and what its launch takes.
 const EXPAND_BYTES_PER_CYCLE: f64 = 2000.0;
 const LAUNCH_CYCLES: f64 = 3000.0;
@@ -47,35 +63,38 @@ pub(super) struct Plan {
     pub(super) group: u32,
     /// Row tiles that are expanded and multiplied at a time; all of them if nothing is expanded.
     pub(super) chunk_row_tiles: usize,
+    /// Parts that K is cut into, so that there are blocks for all multiprocessors. With more than one, no multiprocessor
+    /// has more than one block. Sums are added in the order of K.
+    pub(super) parts: u32,
 }
 
 impl Plan {
     /// The plan for `rows` rows and weights of `layout`. `e4m3` allows E4M3.
     pub(super) fn new(rows: usize, layout: &TileLayout, e4m3: bool, sm_count: u32) -> Self {
         let row_tiles = layout.row_tiles();
-        let waves = |tokens: usize, cluster: u32, row_tiles: usize| {
-            let cluster = cluster as usize;
-            let row_blocks = (row_tiles * TILE_ROWS).div_ceil(BLOCK_ROWS * cluster);
-            (row_blocks * rows.div_ceil(TOKENS[tokens] as usize)).div_ceil(sm_count as usize / cluster) as f64
-        };
-        let k_tiles = layout.k_tiles() as f64;
-        let (tokens, cycles) = (0..TOKENS.len())
-            .map(|i| (i, waves(i, CLUSTERS[i], row_tiles) * (BLOCK_CYCLES + k_tiles * BF16_CYCLES[i])))
-            .min_by(|a, b| a.1.total_cmp(&b.1))
-            .expect("there are kernels");
         let group = |tokens: usize| GROUP_TOKENS / TOKENS[tokens];
-        let bf16 = Self { operand: Operand::Bf16, tokens, group: group(tokens), chunk_row_tiles: row_tiles };
+        let (bf16_cycles, tokens, parts) = (0..TOKENS.len())
+            .map(|tokens| {
+                let blocks = Blocks::new(tokens, CLUSTERS[tokens], rows, row_tiles, sm_count);
+                let (cycles, parts) = blocks.cut(layout.k_tiles(), BF16_CYCLES[tokens]);
+                (cycles, tokens, parts)
+            })
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+            .expect("there are kernels");
+        let bf16 =
+            Self { operand: Operand::Bf16, tokens, group: group(tokens), chunk_row_tiles: row_tiles, parts };
         if !e4m3 {
             return bf16;
         }
         let tokens = TOKENS.len() - 1;
         let (chunk, chunks) = chunk(layout);
         let expand_bytes = layout.bytes() + expanded_bytes(row_tiles, layout.k_tiles());
-        let e4m3_cycles = chunks as f64
-            * (waves(tokens, 1, chunk) * (BLOCK_CYCLES + k_tiles * E4M3_CYCLES) + 2.0 * LAUNCH_CYCLES)
+        let (chunk_cycles, parts) =
+            Blocks::new(tokens, 1, rows, chunk, sm_count).cut(layout.k_tiles(), E4M3_CYCLES);
+        let e4m3_cycles = chunks as f64 * (chunk_cycles + 2.0 * LAUNCH_CYCLES)
             + expand_bytes as f64 / EXPAND_BYTES_PER_CYCLE;
-        if e4m3_cycles < cycles {
-            Self { operand: Operand::E4m3, tokens, group: group(tokens), chunk_row_tiles: chunk }
+        if e4m3_cycles < bf16_cycles {
+            Self { operand: Operand::E4m3, tokens, group: group(tokens), chunk_row_tiles: chunk, parts }
         } else {
             bf16
         }
@@ -84,6 +103,11 @@ impl Plan {
     /// Tokens that a block computes at a time.
     fn block_tokens(&self) -> u32 {
         TOKENS[self.tokens]
+    }
+
+    /// Warpgroups of a block that multiply.
+    pub(super) fn groups(&self) -> u32 {
+        GROUPS[self.tokens]
     }
 
     /// Blocks of the kernel's cluster, which load a part of x each.
@@ -100,9 +124,47 @@ impl Plan {
     }
 }
 
+/// The blocks that a result is computed in.
+struct Blocks {
+    /// Clusters of blocks, and how many run at a time.
+    count: usize,
+    at_a_time: usize,
+    result_bytes: usize,
+}
+
+impl Blocks {
+    fn new(tokens: usize, cluster: u32, rows: usize, row_tiles: usize, sm_count: u32) -> Self {
+        let (block_rows, block_tokens) = (GROUPS[tokens] as usize * GROUP_ROWS, TOKENS[tokens] as usize);
+        let row_blocks = (row_tiles * TILE_ROWS).div_ceil(block_rows * cluster as usize);
+        Self {
+            count: row_blocks * rows.div_ceil(block_tokens),
+            at_a_time: (sm_count / cluster) as usize,
+            result_bytes: block_rows * block_tokens * size_of::<f32>(),
+        }
+    }
+
+    /// Cycles of a product over `k_tiles` tiles that take `tile_cycles` each, with K in as many parts as make them the
+    /// least.
+    fn cut(&self, k_tiles: usize, tile_cycles: f64) -> (f64, u32) {
+        let most = (self.at_a_time / self.count).min(k_tiles / LEAST_PART_TILES).max(1);
+        PARTS
+            .into_iter()
+            .filter(|&parts| parts <= most)
+            .map(|parts| {
+                let waves = (self.count * parts).div_ceil(self.at_a_time) as f64;
+                let tiles = k_tiles.div_ceil(parts) as f64;
+                let exchange = EXCHANGE_CYCLES + self.result_bytes as f64 / EXCHANGE_BYTES_PER_CYCLE;
+                let exchange = if parts > 1 { exchange } else { 0.0 };
+                (waves * (BLOCK_CYCLES + tiles * tile_cycles) + exchange, parts as u32)
+            })
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+            .expect("there is one part at least")
+    }
+}
+
 /// Row tiles that are expanded at a time, whole blocks of the kernel, and how often that is.
 fn chunk(layout: &TileLayout) -> (usize, usize) {
-    let per_block = BLOCK_ROWS / TILE_ROWS;
+    let per_block = EXPANDED_ROWS / TILE_ROWS;
     let blocks = layout.row_tiles().div_ceil(per_block);
     let bytes_per_block = expanded_bytes(per_block, layout.k_tiles());
     let chunks = (blocks * bytes_per_block).div_ceil(EXPANDED_BYTES).min(blocks);
@@ -128,6 +190,29 @@ mod tests {
     }
 
     #[test]
+    fn few_blocks_cut_k_so_that_every_multiprocessor_has_one() {
+        for (shape, parts) in [([4096, 4096], 8), ([6144, 4096], 4), ([28_672, 4096], 1)] {
+            let plan = Plan::new(64, &layout(shape), false, 132);
+            assert_eq!((plan.block_tokens(), plan.parts), (64, parts), "{shape:?}");
+        }
+        for rows in [33, 64, 100, 256, 300, 1024, 5000] {
+            for shape in [[16, 64], [1000, 192], [4096, 14_336], [6144, 4096], [128_256, 4096]] {
+                for e4m3 in [false, true] {
+                    let plan = Plan::new(rows, &layout(shape), e4m3, 132);
+                    let block_rows = plan.groups() as usize * GROUP_ROWS * plan.cluster() as usize;
+                    let blocks = shape[0].div_ceil(block_rows) * rows.div_ceil(plan.block_tokens() as usize);
+                    let running = blocks * (plan.cluster() * plan.parts) as usize;
+                    assert!(plan.parts == 1 || running <= 132, "{rows} rows, {shape:?}: {plan:?}");
+                    assert!(
+                        plan.parts as usize <= shape[1].div_ceil(128),
+                        "{rows} rows, {shape:?}: {plan:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
     fn few_rows_are_not_worth_an_expansion() {
         let plan = Plan::new(65, &layout([4096, 4096]), true, 132);
         assert_eq!((plan.operand, plan.block_tokens()), (Operand::Bf16, 64));
@@ -138,7 +223,7 @@ mod tests {
         for shape in [[1, 32], [4096, 4096], [28672, 4096], [130, 1 << 20], [128_256, 8192]] {
             let layout = layout(shape);
             let (chunk, chunks) = chunk(&layout);
-            assert!(chunk.is_multiple_of(BLOCK_ROWS / TILE_ROWS) && chunk > 0, "{shape:?}");
+            assert!(chunk.is_multiple_of(EXPANDED_ROWS / TILE_ROWS) && chunk > 0, "{shape:?}");
             assert!(
                 chunk * chunks >= layout.row_tiles() && chunk * (chunks - 1) < layout.row_tiles(),
                 "{shape:?}"

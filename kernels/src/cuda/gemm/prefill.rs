@@ -7,28 +7,25 @@
 //! counted in [`Prefill::inexact_tokens`]. E4M3 itself may lose some of the bits of the smallest elements.
 
 use std::cell::RefCell;
-use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
 
 use super::Product;
-use super::plan::{BLOCK_ROWS, Operand, Plan, TOKENS};
+use super::plan::{EXPANDED_ROWS, MOST_RESULT_BYTES, Operand, Plan, TOKENS};
 use super::quantize::{MOST_COLUMNS, MxGrid, Quantizer, is_within_e4m3};
-use crate::buffer::{Dtype, MemoryAccount};
-use crate::cuda::context::check;
+use super::tensor_map::tensor_map;
+use crate::buffer::{Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::memory::Scratch;
 use crate::cuda::{Argument, Context, DeviceBuffer, DevicePtr, Function, Launch, TiledWeight};
 use crate::error::Result;
 use crate::mx::Cast;
 use crate::tile::{RowOrder, TILE_COLS, TILE_ROWS, TileFormat};
 
-/// Threads of the product's kernel: a warpgroup that copies and two that multiply.
-const THREADS: u32 = 384;
+/// Threads of a warpgroup.
+const GROUP_THREADS: u32 = 128;
 /// Dynamic shared memory of the product's kernel.
 const SHARED_BYTES: u32 = 232_448;
-/// Bytes of a row of X in one box: the width of the swizzle.
-const BOX_ROW_BYTES: u32 = 128;
 /// Bytes of an expanded tile.
 pub(super) const EXPANDED_TILE_BYTES: usize = TILE_ROWS * TILE_COLS;
 const EXPAND_THREADS: u32 = 256;
@@ -70,6 +67,10 @@ struct Args {
     group: u32,
     is_f32: u32,
     aligned: u32,
+    is_gated: u32,
+    parts: u32,
+    partial_sums: DevicePtr,
+    arrivals: DevicePtr,
 }
 
 // SAFETY: numbers and addresses in the order of the kernel's structure, and like it aligned to 64 bytes by the first.
@@ -85,9 +86,20 @@ pub(crate) struct Prefill {
     quantizer: Quantizer,
     activations: RefCell<Scratch>,
     weights: RefCell<Scratch>,
+    exchange: Exchange,
     /// U32: tokens that E4M3 had to round.
     inexact: DeviceBuffer,
     strict: bool,
+}
+
+/// Where blocks that compute parts of the same results leave their sums: see [`Plan::parts`].
+#[derive(Debug)]
+struct Exchange {
+    /// [`MOST_RESULT_BYTES`] for each multiprocessor.
+    partial_sums: DeviceBuffer,
+    /// U32 for each multiprocessor, zero between launches.
+    arrivals: DeviceBuffer,
+    _charge: Charge,
 }
 
 impl Prefill {
@@ -97,6 +109,11 @@ impl Prefill {
     /// Out of memory.
     pub(crate) fn new(context: &Arc<Context>, account: &Arc<MemoryAccount>, strict: bool) -> Result<Self> {
         let function = |name| context.function(name);
+        let sm_count = context.properties().sm_count as usize;
+        let partial_sums =
+            DeviceBuffer::uninitialized(context, sm_count * MOST_RESULT_BYTES, "partial sums")?;
+        let arrivals = DeviceBuffer::zeroed(context, sm_count * size_of::<u32>(), "counters")?;
+        let charge = account.charge(Component::Workspace, partial_sums.bytes() + arrivals.bytes());
         Ok(Self {
             packed: PACKED.iter().map(|names| names.map(function)).collect(),
             expanded: function("prefill_expanded_256"),
@@ -109,6 +126,7 @@ impl Prefill {
             quantizer: Quantizer::new(context),
             activations: RefCell::new(Scratch::new(context, account, "quantized activations")),
             weights: RefCell::new(Scratch::new(context, account, "expanded weights")),
+            exchange: Exchange { partial_sums, arrivals, _charge: charge },
             inexact: DeviceBuffer::zeroed(context, size_of::<u32>(), "a counter")?,
             strict,
             context: Arc::clone(context),
@@ -197,7 +215,7 @@ impl Prefill {
         let shape = [product.rows, layout.shape[1]];
         let x = tensor_map(x, Dtype::Bf16.size_bytes(), shape, plan.box_rows());
         // SAFETY: the caller's promise; the kernel waits for its inputs.
-        unsafe { self.launch(function, &args(weight, product, x, plan), plan) };
+        unsafe { self.launch(function, &self.args(weight, product, x, plan), plan) };
     }
 
     /// The product of E4M3 `x` and `weight`, which is expanded chunk by chunk.
@@ -216,7 +234,7 @@ impl Prefill {
             self.weights.borrow_mut().reserve(expanded_bytes(plan.chunk_row_tiles, layout.k_tiles()));
         let factor = (e4m3.shift as f32).exp2();
         let x = tensor_map(x, 1, [product.rows, layout.shape[1]], plan.box_rows());
-        let mut args = args(weight, product, x, plan);
+        let mut args = self.args(weight, product, x, plan);
         (args.tiles, args.token_factors, args.factor) = (expanded, token_factors, 1.0 / factor);
         for first in (0..layout.row_tiles()).step_by(plan.chunk_row_tiles) {
             let row_tiles = plan.chunk_row_tiles.min(layout.row_tiles() - first);
@@ -235,13 +253,53 @@ impl Prefill {
         }
     }
 
+    /// What the kernel takes for all of `weight`.
+    fn args(&self, weight: &TiledWeight, product: &Product, x: sys::CUtensorMap, plan: &Plan) -> Args {
+        let layout = weight.layout();
+        let n = layout.shape[0];
+        let columns = if product.is_gated { n / 2 } else { n };
+        assert!(product.column + columns <= product.out_width, "the results fit in a row of the output");
+        let element = product.out_dtype.size_bytes();
+        let out = product.out + (product.column * element) as u64;
+        let half = match layout.order {
+            RowOrder::Stacked => 0,
+            RowOrder::Paired => n / 2,
+        };
+        Args {
+            x,
+            tiles: weight.tiles(),
+            row_factors: weight.factors(),
+            token_factors: 0,
+            bias: weight.bias(),
+            out,
+            out_stride: product.out_width as u64,
+            factor: 1.0,
+            m: product.rows as u32,
+            n: n as u32,
+            row_tiles: layout.row_tiles() as u32,
+            k_tiles: layout.k_tiles() as u32,
+            first_row_tile: 0,
+            paired_half: half as u32,
+            group: plan.group,
+            is_f32: u32::from(product.out_dtype == Dtype::F32),
+            aligned: u32::from(
+                out.is_multiple_of(16) && product.out_width.is_multiple_of(8) && half.is_multiple_of(8),
+            ),
+            is_gated: u32::from(product.is_gated),
+            parts: plan.parts,
+            partial_sums: self.exchange.partial_sums.ptr(),
+            arrivals: self.exchange.arrivals.ptr(),
+        }
+    }
+
     /// Launches a product's kernel.
     ///
     /// # Safety
     /// The addresses in `args` have what the kernel expects there.
     unsafe fn launch(&self, function: &Function, args: &Args, plan: &Plan) {
         let blocks = self.context.properties().sm_count / plan.cluster() * plan.cluster();
-        let launch = Launch::new(blocks, THREADS).cluster(plan.cluster()).shared(SHARED_BYTES);
+        let threads = GROUP_THREADS * (1 + plan.groups());
+        let launch = Launch::new(blocks, threads).cluster(plan.cluster()).shared(SHARED_BYTES);
         // SAFETY: the caller's promise.
         unsafe { self.context.launch(function, &launch, &[args]) };
     }
@@ -249,7 +307,7 @@ impl Prefill {
 
 /// Bytes of expanded weights of `row_tiles` x `k_tiles` tiles: whole blocks of 128 rows and 128 columns.
 pub(super) fn expanded_bytes(row_tiles: usize, k_tiles: usize) -> usize {
-    row_tiles.next_multiple_of(BLOCK_ROWS / TILE_ROWS) * k_tiles.next_multiple_of(2) * EXPANDED_TILE_BYTES
+    row_tiles.next_multiple_of(EXPANDED_ROWS / TILE_ROWS) * k_tiles.next_multiple_of(2) * EXPANDED_TILE_BYTES
 }
 
 /// How weights of a format become E4M3.
@@ -275,74 +333,4 @@ impl E4m3Weights {
             TileFormat::E5m2 | TileFormat::Int8 | TileFormat::Bf16 => None,
         }
     }
-}
-
-/// What the kernel takes for all of `weight`.
-fn args(weight: &TiledWeight, product: &Product, x: sys::CUtensorMap, plan: &Plan) -> Args {
-    let layout = weight.layout();
-    let n = layout.shape[0];
-    assert!(product.column + n <= product.out_width, "the results fit in a row of the output");
-    let element = product.out_dtype.size_bytes();
-    let out = product.out + (product.column * element) as u64;
-    let half = match layout.order {
-        RowOrder::Stacked => 0,
-        RowOrder::Paired => n / 2,
-    };
-    Args {
-        x,
-        tiles: weight.tiles(),
-        row_factors: weight.factors(),
-        token_factors: 0,
-        bias: weight.bias(),
-        out,
-        out_stride: product.out_width as u64,
-        factor: 1.0,
-        m: product.rows as u32,
-        n: n as u32,
-        row_tiles: layout.row_tiles() as u32,
-        k_tiles: layout.k_tiles() as u32,
-        first_row_tile: 0,
-        paired_half: half as u32,
-        group: plan.group,
-        is_f32: u32::from(product.out_dtype == Dtype::F32),
-        aligned: u32::from(
-            out.is_multiple_of(16) && product.out_width.is_multiple_of(8) && half.is_multiple_of(8),
-        ),
-    }
-}
-
-/// Describes `x`, `[rows, cols]` of elements of `element_bytes`, in boxes of 128 bytes by `box_rows` rows. Encoding is
-/// arithmetic on the host: less than what a launch takes.
-fn tensor_map(
-    x: DevicePtr,
-    element_bytes: usize,
-    [rows, cols]: [usize; 2],
-    box_rows: u32,
-) -> sys::CUtensorMap {
-    let data_type = match element_bytes {
-        2 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    };
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let (sizes, strides) = ([cols as u64, rows as u64], [(cols * element_bytes) as u64]);
-    let (box_sizes, element_strides) = ([BOX_ROW_BYTES / element_bytes as u32, box_rows], [1, 1]);
-    // SAFETY: the arrays have one entry per dimension, strides one less; the address is not followed.
-    let result = unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &raw mut map,
-            data_type,
-            sizes.len() as u32,
-            x as *mut c_void,
-            sizes.as_ptr(),
-            strides.as_ptr(),
-            box_sizes.as_ptr(),
-            element_strides.as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    };
-    check(result, "describe a tensor");
-    map
 }

@@ -1,0 +1,252 @@
+//! A decode step's layers on a GPU, recorded as a server records them: time per layer, and what each kind of operator
+//! adds to it. Operators overlap with their neighbours, so that the parts are found by leaving each out.
+//!
+//! `cargo bench -p kernels --features cuda --bench cuda_step [-- SCHEME…]`
+
+#![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
+
+use std::time::Instant;
+
+use kernels::mx::{ElementRounding, MxTensor, Scheme, Values, quantize_rows};
+use kernels::{
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KV_BLOCK_TOKENS, KvCacheDtype,
+    PagedKv, Weight, WeightSource,
+};
+
+/// Llama-3.1-8B.
+const HEADS: Heads = Heads { q: 32, kv: 8, dim: 128 };
+const HIDDEN: usize = 4096;
+const INTERMEDIATE: usize = 14_336;
+
+/// Layers with weights of their own, enough that no cache holds them.
+const LAYERS: usize = 8;
+
+/// Tokens of each sequence's cache.
+const CONTEXT: usize = 256;
+
+/// Times that are taken, and replays between two looks at the clock.
+const SAMPLES: usize = 9;
+const REPLAYS: usize = 20;
+
+/// Kinds of operators that can be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Norms,
+    Rope,
+    Attention,
+    Products,
+}
+
+const PARTS: [Part; 4] = [Part::Norms, Part::Rope, Part::Attention, Part::Products];
+
+fn main() {
+    let device = Device::Cuda { ordinal: 0, strict: false };
+    if let Err(error) = device.check() {
+        println!("SKIPPED: {error}");
+        return;
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let schemes = if wanted.is_empty() { vec!["mxfp4".to_owned(), "mxfp8".to_owned()] } else { wanted };
+    println!(
+        "scheme   rows        us per layer; us less without an operator: {PARTS:?}; us in replays one by one"
+    );
+    for label in schemes {
+        let scheme: Scheme = label.parse().expect("a scheme");
+        let gpu = kernels::open(device).expect("the device opens");
+        let layers: Vec<Layer> = (0..LAYERS).map(|seed| Layer::new(gpu.as_ref(), scheme, seed)).collect();
+        for rows in [1, 8, 16, 64, 256] {
+            let mut step = Step::new(gpu.as_ref(), rows);
+            let (all, waited) = step.time(&layers, &PARTS);
+            let parts: Vec<String> = PARTS
+                .iter()
+                .map(|&part| {
+                    let others: Vec<Part> = PARTS.into_iter().filter(|&other| other != part).collect();
+                    format!("{:6.1}", all - step.time(&layers, &others).0)
+                })
+                .collect();
+            println!("{label:8} {rows:4} {all:8.1}   {}   {waited:8.1}", parts.join(" "));
+        }
+    }
+}
+
+/// The weights of a decoder layer.
+struct Layer {
+    qkv: Weight,
+    output: Weight,
+    gate_up: Weight,
+    down: Weight,
+    norm: Buffer,
+}
+
+impl Layer {
+    fn new(gpu: &dyn Backend, scheme: Scheme, seed: usize) -> Self {
+        let upload = |shape, part| upload(gpu, shape, scheme, seed * 4 + part, part == 2);
+        Self {
+            qkv: upload([HEADS.qkv_width(), HIDDEN], 0),
+            output: upload([HIDDEN, HEADS.q_width()], 1),
+            gate_up: upload([2 * INTERMEDIATE, HIDDEN], 2),
+            down: upload([HIDDEN, INTERMEDIATE], 3),
+            norm: {
+                let mut norm = gpu.alloc(Dtype::F32, HIDDEN, Component::Unquantized).expect("memory");
+                gpu.write_f32(&mut norm, 0, &vec![1.0; HIDDEN]);
+                norm
+            },
+        }
+    }
+}
+
+/// Inputs, activations and cache of a step of `rows` sequences.
+struct Step<'a> {
+    gpu: &'a dyn Backend,
+    rows: usize,
+    slots: Buffer,
+    query_start: Buffer,
+    context_lens: Buffer,
+    block_tables: Buffer,
+    caches: Vec<PagedKv>,
+    rope: Buffer,
+    residual: Buffer,
+    normed: Buffer,
+    delta: Buffer,
+    qkv: Buffer,
+    attention: Buffer,
+    gate_up: Buffer,
+    activated: Buffer,
+}
+
+impl<'a> Step<'a> {
+    fn new(gpu: &'a dyn Backend, rows: usize) -> Self {
+        let blocks = CONTEXT / KV_BLOCK_TOKENS;
+        let integers = |values: Vec<u32>| {
+            let mut buffer = gpu.alloc(Dtype::U32, values.len(), Component::Workspace).expect("memory");
+            gpu.write_u32(&mut buffer, 0, &values);
+            buffer
+        };
+        let floats = |dtype, width: usize| {
+            let mut buffer = gpu.alloc(dtype, rows * width, Component::Workspace).expect("memory");
+            gpu.write_f32(&mut buffer, 0, &noise(rows * width, 1.0, 3));
+            buffer
+        };
+        let last_slot = |row: usize| ((row + 1) * CONTEXT - 1) as u32;
+        let cache = |_| gpu.alloc_kv(rows * blocks, HEADS, KvCacheDtype::Bf16).expect("memory");
+        Self {
+            gpu,
+            rows,
+            slots: integers((0..rows).map(last_slot).collect()),
+            query_start: integers((0..=rows as u32).collect()),
+            context_lens: integers(vec![CONTEXT as u32; rows]),
+            block_tables: integers((0..(rows * blocks) as u32).collect()),
+            caches: (0..LAYERS).map(cache).collect(),
+            rope: floats(Dtype::F32, HEADS.dim),
+            residual: floats(Dtype::F32, HIDDEN),
+            normed: floats(Dtype::Bf16, HIDDEN),
+            delta: floats(Dtype::Bf16, HIDDEN),
+            qkv: floats(Dtype::Bf16, HEADS.qkv_width()),
+            attention: floats(Dtype::Bf16, HEADS.q_width()),
+            gate_up: floats(Dtype::Bf16, 2 * INTERMEDIATE),
+            activated: floats(Dtype::Bf16, INTERMEDIATE),
+        }
+    }
+
+    /// The operators of one layer that are of `parts`.
+    fn layer(&mut self, layer: &Layer, index: usize, parts: &[Part]) {
+        let Self { gpu, rows, .. } = *self;
+        let has = |part| parts.contains(&part);
+        if has(Part::Norms) {
+            gpu.add_rms_norm(&self.delta, &mut self.residual, &layer.norm, 1e-5, rows, &mut self.normed);
+        }
+        if has(Part::Products) {
+            gpu.linear(&self.normed, rows, &layer.qkv, &mut self.qkv, HEADS.qkv_width(), 0);
+        }
+        let cache = &mut self.caches[index];
+        if has(Part::Rope) {
+            gpu.rope_and_cache(&mut self.qkv, HEADS, &self.rope, None, &self.slots, rows, cache);
+        }
+        if has(Part::Attention) {
+            let inputs = AttentionInputs {
+                rows,
+                sequences: rows,
+                query_start: &self.query_start,
+                context_lens: &self.context_lens,
+                block_tables: &self.block_tables,
+                max_blocks: CONTEXT / KV_BLOCK_TOKENS,
+            };
+            gpu.paged_attention(&self.qkv, HEADS, 0.088, None, &inputs, cache, &mut self.attention);
+        }
+        if has(Part::Products) {
+            gpu.linear(&self.attention, rows, &layer.output, &mut self.delta, HIDDEN, 0);
+        }
+        if has(Part::Norms) {
+            gpu.add_rms_norm(&self.delta, &mut self.residual, &layer.norm, 1e-5, rows, &mut self.normed);
+        }
+        if has(Part::Products) {
+            let Self { normed, gate_up, activated, .. } = self;
+            gpu.gated_linear(normed, rows, &layer.gate_up, gate_up, activated);
+            gpu.linear(&self.activated, rows, &layer.down, &mut self.delta, HIDDEN, 0);
+        }
+    }
+
+    /// Median microseconds of a layer: in replays one after the other, and in replays that are each waited for.
+    fn time(&mut self, layers: &[Layer], parts: &[Part]) -> (f64, f64) {
+        let gpu = self.gpu;
+        let mut all = || (0..LAYERS).for_each(|index| self.layer(&layers[index], index, parts));
+        all();
+        let graph = gpu.capture(&mut all);
+        let marker = gpu.alloc(Dtype::U32, 1, Component::Workspace).expect("memory");
+        let wait = || gpu.read_u32(&marker, 0, &mut [0]);
+        let sample = |replays: usize| {
+            wait();
+            let start = Instant::now();
+            (0..replays).for_each(|_| gpu.replay(&graph));
+            wait();
+            start.elapsed().as_secs_f64() / (replays * LAYERS) as f64 * 1e6
+        };
+        let median = |replays: usize| {
+            sample(replays);
+            let mut times: Vec<f64> = (0..SAMPLES).map(|_| sample(replays)).collect();
+            times.sort_by(f64::total_cmp);
+            times[SAMPLES / 2]
+        };
+        (median(REPLAYS), median(1))
+    }
+}
+
+/// Random weights: one row of tiles is random, the others repeat it.
+fn upload(
+    gpu: &dyn Backend,
+    [rows, cols]: [usize; 2],
+    scheme: Scheme,
+    seed: usize,
+    is_gated: bool,
+) -> Weight {
+    let period = 64;
+    let values: Vec<u8> = noise(period * cols, 0.02, seed as u32 + 1)
+        .into_iter()
+        .flat_map(|x| half::bf16::from_f32(x).to_le_bytes())
+        .collect();
+    let repeat =
+        |bytes: &[u8]| bytes.iter().copied().cycle().take(bytes.len() / period * rows).collect::<Vec<u8>>();
+    let format = scheme.weight.format;
+    let mut codes = vec![0; format.code_bytes(period * cols)];
+    let mut scales = vec![0; format.scale_bytes(period * cols)];
+    let (rounding, values) = (ElementRounding::NearestEven, Values::Bf16(&values));
+    quantize_rows(scheme.weight, rounding, values, 0, &mut codes, &mut scales).expect("finite weights");
+    let (codes, scales) = (repeat(&codes), repeat(&scales));
+    let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
+    let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
+    let source = [WeightSource::Mx { tensor, scale_rounding, activation }];
+    let weight = if is_gated { gpu.upload_gated(&source, None) } else { gpu.upload(&source, None) };
+    weight.expect("memory")
+}
+
+/// Uniform numbers of standard deviation `deviation`.
+fn noise(len: usize, deviation: f32, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as f32 / u32::MAX as f32 - 0.5
+    };
+    (0..len).map(|_| next() * deviation * 12_f32.sqrt()).collect()
+}
