@@ -1,5 +1,6 @@
 //! The command line: what was said ([`Cli`]), and what it means ([`Invocation`]).
 
+mod calibration;
 mod eval;
 
 use std::io::Write;
@@ -8,12 +9,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use converter::calibrate::Calibration;
 use converter::eval::EvalOptions;
 use converter::plan::Recipe;
 use converter::{Options, default_output};
 use kernels::mx::{ElementRounding, ScaleRounding, Scheme};
 use models::checkpoint::ModulePattern;
 use models::checkpoint::quantization::Dialect;
+
+use calibration::Method;
 
 /// Packs BF16, F16 and F32 checkpoints into Microscaling (MX) formats.
 #[derive(Debug, Parser)]
@@ -76,11 +80,27 @@ struct ConvertArgs {
     #[arg(long, value_name = "RULE")]
     activation_scale_rounding: Option<ScaleRounding>,
 
-    /// Quantization method.
-    #[arg(long, value_enum, default_value_t = Method::Nearest)]
-    method: Method,
+    /// Quantization method [default: gptq with --calibration, nearest without].
+    #[arg(long, value_enum)]
+    method: Option<Method>,
 
-    /// How elements are rounded; stochastic is for experiments.
+    /// A text to calibrate on, like those that the model will see.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+
+    /// Windows of the calibration text, at most.
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "calibration")]
+    calibration_windows: usize,
+
+    /// Tokens of a window.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, requires = "calibration")]
+    calibration_window: usize,
+
+    /// How much of what earlier modules got wrong a module is to make up for, from 0 to 1 [default: 1].
+    #[arg(long, value_name = "SHARE", requires = "calibration", value_parser = calibration::share)]
+    drift_correction: Option<f32>,
+
+    /// How elements are rounded where they are cast directly; stochastic is for experiments.
     #[arg(long, value_enum, default_value_t = Rounding::Nearest)]
     element_rounding: Rounding,
 
@@ -111,12 +131,6 @@ struct ConvertArgs {
     /// Replace an existing checkpoint.
     #[arg(long)]
     force: bool,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Method {
-    /// Direct cast.
-    Nearest,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -180,8 +194,19 @@ impl Cli {
             None => {}
         }
         let args = self.convert.expect("clap requires MODEL and --format without a subcommand");
+        let calibration = calibration::method(args.method, args.calibration.as_ref()).map(|method| {
+            // Whether a method lacks its text is for the conversion to say.
+            let default = Calibration::new(method, args.calibration.clone().unwrap_or_default());
+            Calibration {
+                windows: args.calibration_windows,
+                window_tokens: args.calibration_window,
+                drift_correction: args.drift_correction.unwrap_or(default.drift_correction),
+                ..default
+            }
+        });
         let (name, scheme) = args.format;
         let recipe = Recipe {
+            weight_scale_rounding: calibration.is_some().then_some(ScaleRounding::Mse),
             scheme,
             layers: args.layer,
             exclude: args.exclude,
@@ -189,8 +214,8 @@ impl Cli {
             activation_scale_rounding: args.activation_scale_rounding,
         };
         let output = args.output.unwrap_or_else(|| default_output(&args.model, &name));
-        let Method::Nearest = args.method;
         let mut options = Options {
+            calibration,
             element_rounding: match args.element_rounding {
                 Rounding::Nearest => ElementRounding::NearestEven,
                 Rounding::Stochastic => ElementRounding::Stochastic { seed: args.seed },
@@ -277,6 +302,6 @@ mod tests {
         assert!(parse(&["inspect", "dir", "--json"]).is_ok());
         assert!(parse(&["model"]).is_err());
         assert!(parse(&["model", "--format", "mxfp5"]).unwrap_err().to_string().contains("mxfp5"));
-        assert!(parse(&["model", "--format", "mxfp4", "--method", "gptq"]).is_err());
+        assert!(parse(&["model", "--format", "mxfp4", "--method", "gptr"]).is_err());
     }
 }

@@ -14,14 +14,15 @@ use models::checkpoint::dense_dtype;
 use models::checkpoint::quantization::Dialect;
 use safetensors::Dtype;
 
+use crate::calibrate::{self, CalibratedModules, Calibration};
 use crate::error::ConvertError;
 use crate::files::{self, Provenance};
-use crate::finite::first_non_finite;
+use crate::finite::{self, first_non_finite};
 use crate::layout;
 use crate::output::{Output, Target};
 use crate::plan::{Action, Plan, Recipe, plan};
 use crate::progress::Progress;
-use crate::quantize::{DirectCast, Quantizer, Rows};
+use crate::quantize::{DirectCast, QuantizeError, Quantizer, Rows};
 use crate::report::Report;
 use crate::sink::Sink;
 use crate::source::Source;
@@ -36,7 +37,9 @@ pub struct Options {
     pub output: PathBuf,
     /// Formats and scale rules.
     pub recipe: Recipe,
-    /// How elements are rounded.
+    /// How to calibrate; `None` casts directly.
+    pub calibration: Option<Calibration>,
+    /// How elements are rounded, where they are cast directly.
     pub element_rounding: ElementRounding,
     /// JSON dialect; `None` is the default for the formats.
     pub layout: Option<Dialect>,
@@ -57,6 +60,7 @@ impl Options {
             model: model.into(),
             output: output.into(),
             recipe,
+            calibration: None,
             element_rounding: ElementRounding::NearestEven,
             layout: None,
             max_shard_bytes: 5_000_000_000,
@@ -87,8 +91,11 @@ pub fn default_output(model: &Path, format: &str) -> PathBuf {
 pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let source = Source::open(&options.model)?;
-    let plan = plan(&options.recipe, source.tensors(), source.traits())
-        .map_err(|error| ConvertError::Plan { path: source.path_of(error.tensor()), error })?;
+    let make_plan = |recipe: &Recipe| {
+        plan(recipe, source.tensors(), source.traits())
+            .map_err(|error| ConvertError::Plan { path: source.path_of(error.tensor()), error })
+    };
+    let mut plan = make_plan(&options.recipe)?;
     let layout = layout::choose(options.layout, &plan)?;
     let output = Output::new(&plan, source.tensors(), layout, options.max_shard_bytes);
     for warning in &plan.warnings {
@@ -103,18 +110,46 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, Con
 
     let staging = Staging::begin(&options.output, &options.model, options.force)?;
     staging::check_space(staging.dir(), &options.output, output.total_bytes())?;
+    let calibrated = match &options.calibration {
+        None => None,
+        Some(calibration) => {
+            let (output, threads) = (&options.output, options.threads);
+            let job = calibrate::Job { source: &source, plan: &plan, calibration, output, threads, progress };
+            Some(job.run()?)
+        }
+    };
+    let kept = calibrated.as_ref().filter(|(_, report)| report.kept).map(|(modules, _)| modules);
+    if calibrated.is_some() && kept.is_none() {
+        progress.warn(
+            "calibration came out worse than direct cast on text held out: the weights are cast directly",
+        );
+        // Without the scale search that belongs to calibration.
+        plan = make_plan(&Recipe { weight_scale_rounding: None, ..options.recipe.clone() })?;
+    }
+
     let sink = Sink::create(staging.dir(), &output, &options.output)?;
-    let quantizer = DirectCast { rounding: options.element_rounding };
-    let job =
-        Job { source: &source, plan: &plan, output: &output, sink: &sink, quantizer: &quantizer, progress };
+    let direct = DirectCast { rounding: options.element_rounding };
+    let job = Job {
+        source: &source,
+        plan: &plan,
+        output: &output,
+        sink: &sink,
+        direct: &direct,
+        calibrated: kept,
+        progress,
+    };
     let outcome = job.run(options.threads)?;
     sink.sync()?;
+    report.calibration = calibrated.as_ref().map(|(_, report)| report.clone());
     report.finish(&outcome.energies, start.elapsed());
-    let provenance = Provenance { options, layout, method: quantizer.name(), sha256: &outcome.sha256 };
+    let provenance = Provenance { options, layout, method: report.method(), sha256: &outcome.sha256 };
     for note in files::write(staging.dir(), &source, &plan, &output, &provenance, &report)? {
         progress.warn(&note);
     }
     staging.commit()?;
+    if let Some((modules, _)) = calibrated {
+        modules.remove();
+    }
     progress.finish();
     Ok(report)
 }
@@ -125,7 +160,9 @@ struct Job<'a> {
     plan: &'a Plan,
     output: &'a Output,
     sink: &'a Sink,
-    quantizer: &'a dyn Quantizer,
+    direct: &'a DirectCast,
+    /// Weights that it holds come from there.
+    calibrated: Option<&'a CalibratedModules>,
     progress: &'a dyn Progress,
 }
 
@@ -290,10 +327,13 @@ impl Job<'_> {
         s.codes.resize(cast.format.code_bytes(elements), 0);
         s.scales.resize(cast.format.scale_bytes(elements), 0);
         let rows = Rows { tensor: name, values, first_index };
-        let energy = self
-            .quantizer
+        let quantizer: &dyn Quantizer = match self.calibrated {
+            Some(calibrated) if calibrated.contains(name) => calibrated,
+            _ => self.direct,
+        };
+        let energy = quantizer
             .quantize(cast, rows, &mut s.codes, &mut s.scales)
-            .map_err(|bad| self.non_finite(source, bad.index as u64, bad.value))?;
+            .map_err(|error| quantize_error(self.source, source, error))?;
         Ok(Quantized { index: first_index, energy })
     }
 
@@ -307,20 +347,15 @@ impl Job<'_> {
     ) -> Result<(), ConvertError> {
         match first_non_finite(dtype, bytes) {
             None => Ok(()),
-            Some((index, value)) => Err(self.non_finite(source, first_index + index, value)),
+            Some((index, value)) => Err(finite::error(self.source, source, first_index + index, value)),
         }
     }
+}
 
-    /// The error for element `index`, counted through the whole tensor.
-    fn non_finite(&self, source: usize, mut index: u64, value: &'static str) -> ConvertError {
-        let tensor = &self.source.tensors()[source];
-        let mut indices = vec![0; tensor.shape.len()];
-        for (along, &dim) in indices.iter_mut().zip(&tensor.shape).rev() {
-            *along = index % dim as u64;
-            index /= dim as u64;
-        }
-        let path = self.source.path_of(Some(&tensor.name));
-        ConvertError::NonFinite { path, tensor: tensor.name.clone(), index: indices, value }
+fn quantize_error(source: &Source, tensor: usize, error: QuantizeError) -> ConvertError {
+    match error {
+        QuantizeError::NonFinite(bad) => finite::error(source, tensor, bad.index as u64, bad.value),
+        QuantizeError::Io { path, error } => ConvertError::Io { path, error },
     }
 }
 

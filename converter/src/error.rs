@@ -6,6 +6,7 @@ use kernels::mx::Scheme;
 use models::checkpoint::CheckpointError;
 use models::checkpoint::quantization::Dialect;
 
+use crate::calibrate::CalibrationError;
 use crate::plan::PlanError;
 
 /// A conversion that failed. The output's name is as it was, save after an [`Io`](Self::Io) error of the very last
@@ -47,6 +48,9 @@ pub enum ConvertError {
         /// What its `quantization_config` declares.
         method: &'static str,
     },
+    /// The model could not be calibrated.
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
     /// The chosen layout has no place for what was asked.
     #[error("--layout {layout} has no place for {what}; --layout ocp-mx has")]
     Layout {

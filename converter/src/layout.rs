@@ -7,7 +7,7 @@ use models::checkpoint::ModulePattern;
 use models::checkpoint::quantization::{Declaration, Dialect, LayerGroup, is_embedding};
 
 use crate::error::{ConvertError, Unexpressed};
-use crate::plan::{Action, Plan};
+use crate::plan::{Action, LAYERS, Plan};
 
 /// The dialect asked for, if it has a place for everything in the plan; else the default: compressed-tensors for
 /// uniform MXFP8 (weight-only or W8A8), Quark for what Quark knows, ours for the rest.
@@ -100,7 +100,6 @@ pub(crate) fn schemes(plan: &Plan) -> BTreeMap<&str, Scheme> {
 }
 
 fn layer_group(module: &str) -> LayerGroup {
-    const LAYERS: &str = "model.layers.";
     let split = module.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.'));
     match split {
         Some((number, rest)) if number.bytes().all(|b| b.is_ascii_digit()) => {

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod calibrate;
 mod convert;
 mod error;
 pub mod eval;

@@ -14,12 +14,13 @@ pub(crate) fn render(report: &Report) -> String {
         card,
         "---\ntags:\n- mx\n- microscaling\n---\n\
          # {source}, {format}\n\n\
-         Made from `{source}` by `mxconvert --format {format}` (direct cast, layout `{layout}`). \
+         Made from `{source}` by `mxconvert --format {format}` ({method}, layout `{layout}`). \
          Blocks of 32 elements along K share an E8M0 scale (OCP Microscaling Formats v1.0). \
          Scale rules, per layer, and the SHA-256 of the source are in `mx_conversion.json`.\n\n\
          | format | tensors | bytes before | bytes | bits per weight | SQNR, dB |\n\
          |---|---:|---:|---:|---:|---:|\n",
         format = report.format,
+        method = method(report),
         layout = report.layout,
     );
     for totals in report.formats.iter().chain([&report.total]) {
@@ -35,4 +36,13 @@ pub(crate) fn render(report: &Report) -> String {
         );
     }
     card
+}
+
+fn method(report: &Report) -> String {
+    match &report.calibration {
+        Some(calibration) if calibration.kept => {
+            format!("{}, calibrated on `{}`", calibration.method, calibration.text)
+        }
+        _ => "direct cast".to_owned(),
+    }
 }

@@ -11,6 +11,9 @@ use crate::source::SourceTensor;
 /// Module of the output projection.
 pub const LM_HEAD: &str = "lm_head";
 
+/// What names of decoder layers begin with.
+pub(crate) const LAYERS: &str = "model.layers.";
+
 /// Projections that loaders fuse into one matrix, which then has one scheme.
 const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
 
@@ -25,6 +28,8 @@ pub struct Recipe {
     pub exclude: Vec<ModulePattern>,
     /// Scale rule for weights and activations; `None` is each format's default.
     pub scale_rounding: Option<ScaleRounding>,
+    /// Scale rule for weights, where `scale_rounding` is `None`.
+    pub weight_scale_rounding: Option<ScaleRounding>,
     /// Scale rule for activations, instead of `scale_rounding`.
     pub activation_scale_rounding: Option<ScaleRounding>,
 }
@@ -37,6 +42,7 @@ impl Recipe {
             layers: Vec::new(),
             exclude: Vec::new(),
             scale_rounding: None,
+            weight_scale_rounding: None,
             activation_scale_rounding: None,
         }
     }
@@ -49,7 +55,7 @@ impl Recipe {
         };
         let activation_rule = self.activation_scale_rounding.or(self.scale_rounding);
         Scheme {
-            weight: apply(scheme.weight, self.scale_rounding),
+            weight: apply(scheme.weight, self.scale_rounding.or(self.weight_scale_rounding)),
             activation: scheme.activation.map(|cast| apply(cast, activation_rule)),
         }
     }
@@ -245,7 +251,7 @@ fn candidates(tensors: &[SourceTensor], tied: bool) -> Vec<String> {
 }
 
 fn is_layer_linear(module: &str) -> bool {
-    module.starts_with("model.layers.") && module.ends_with("_proj")
+    module.starts_with(LAYERS) && module.ends_with("_proj")
 }
 
 /// The scheme of each module that is quantized.

@@ -13,6 +13,8 @@ pub trait Progress: Sync {
     fn begin(&self, bytes: u64);
     /// `bytes` more are done.
     fn advance(&self, bytes: u64);
+    /// `done` of `layers` layers are calibrated; the others will take about as long as `left`.
+    fn calibrated(&self, done: usize, layers: usize, left: Duration);
     /// Something the user should know.
     fn warn(&self, message: &str);
     /// The output is in place.
@@ -23,6 +25,7 @@ pub trait Progress: Sync {
 impl Progress for () {
     fn begin(&self, _bytes: u64) {}
     fn advance(&self, _bytes: u64) {}
+    fn calibrated(&self, _done: usize, _layers: usize, _left: Duration) {}
     fn warn(&self, _message: &str) {}
     fn finish(&self) {}
 }
@@ -88,6 +91,14 @@ impl Progress for ConsoleProgress {
             *reported = tenths;
             self.line(&format!("{}: {}%", self.label, tenths * 10));
         }
+    }
+
+    fn calibrated(&self, done: usize, layers: usize, left: Duration) {
+        let (minutes, seconds) = (left.as_secs() / 60, left.as_secs() % 60);
+        self.line(&format!(
+            "{}: {done} of {layers} layers calibrated, {minutes}:{seconds:02} left",
+            self.label
+        ));
     }
 
     fn warn(&self, message: &str) {

@@ -7,6 +7,7 @@ use kernels::mx::Energy;
 use models::checkpoint::quantization::Dialect;
 use serde::Serialize;
 
+use crate::calibrate::CalibrationReport;
 use crate::convert::Options;
 use crate::output::Output;
 use crate::plan::{Action, Plan};
@@ -34,6 +35,8 @@ pub struct Report {
     pub formats: Vec<Totals>,
     /// All tensors.
     pub total: Totals,
+    /// What calibration came to, if there was one.
+    pub calibration: Option<CalibrationReport>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// Every tensor, in the source's order.
@@ -115,6 +118,7 @@ impl Report {
             seconds: 0.0,
             formats: Vec::new(),
             total: Totals::default(),
+            calibration: None,
             warnings: plan.warnings.clone(),
             tensors,
         };
@@ -130,6 +134,11 @@ impl Report {
             tensor.sqnr_db = finite_sqnr(*energy);
         }
         self.sum();
+    }
+
+    /// The method whose result was written.
+    pub(crate) fn method(&self) -> &'static str {
+        self.calibration.as_ref().filter(|calibration| calibration.kept).map_or("nearest", |c| c.method)
     }
 
     fn sum(&mut self) {
@@ -185,6 +194,20 @@ impl fmt::Display for Report {
                 f,
                 "{name:width$} {:>8} {:>15} {:>15} {:>12.2} {sqnr:>9}",
                 t.tensors, t.bytes_before, t.bytes_after, t.bits_per_weight
+            )?;
+        }
+        if let Some(calibration) = &self.calibration {
+            let perplexity = calibration.perplexity;
+            writeln!(
+                f,
+                "{} on {} windows of {}; perplexity of {} others: {:.3} unquantized, {:.3} nearest, {:.3} calibrated",
+                calibration.method,
+                calibration.windows,
+                calibration.text,
+                calibration.held_out,
+                perplexity.unquantized,
+                perplexity.nearest,
+                perplexity.calibrated,
             )?;
         }
         if self.dry_run {

@@ -4,6 +4,7 @@ use kernels::{Backend, Buffer, Weight};
 
 use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, parameter};
 use crate::parameters::ParameterSource;
+use crate::staged::Stage;
 use crate::{KvCache, LinearInfo, Model, ModelConfig, ModelError, StepInputs, Workspace};
 
 /// Where a checkpoint keeps the modules of a decoder. Names of a layer's modules follow `{layers}.{index}.`.
@@ -69,32 +70,23 @@ impl Decoder {
     }
 }
 
-struct LayerLoader<'a> {
-    backend: &'a dyn Backend,
-    source: &'a dyn ParameterSource,
-    config: &'a ModelConfig,
-    names: &'a WeightNames,
+/// Loads decoder layers, whole or a group of linear modules at a time.
+pub(crate) struct LayerLoader<'a> {
+    pub(crate) backend: &'a dyn Backend,
+    pub(crate) source: &'a dyn ParameterSource,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) names: &'a WeightNames,
 }
 
 impl LayerLoader<'_> {
-    fn load(&self, index: usize) -> Result<DecoderLayer, ModelError> {
+    /// Layer `index`.
+    pub(crate) fn load(&self, index: usize) -> Result<DecoderLayer, ModelError> {
         let Self { config, names, .. } = *self;
-        let (hidden, width, heads, biases) =
-            (config.hidden_size, config.intermediate_size, config.heads, config.biases);
-        let layer = format!("{}.{index}", names.layers);
+        let (hidden, heads) = (config.hidden_size, config.heads);
         let norm = |name: &str, len| {
-            let module = format!("{layer}.{name}");
+            let module = format!("{}.{index}.{name}", names.layers);
             RmsNorm::load(self.backend, self.source, &module, len, config.rms_norm_eps)
         };
-        let linear = |modules: &[(&str, usize)], cols, bias| {
-            let modules: Vec<_> = (modules.iter())
-                .map(|&(name, rows)| Module { name: format!("{layer}.{name}"), rows })
-                .collect();
-            Linear::load(self.backend, self.source, &modules, cols, bias)
-        };
-        let (q_width, kv_width) = (heads.q_width(), heads.kv * heads.dim);
-        let [q, k, v] = names.qkv;
-        let [gate, up] = names.gate_up;
         let qk_norm = if config.qk_norm {
             let [q_norm, k_norm] = names.qk_norm;
             Some([norm(q_norm, heads.dim)?, norm(k_norm, heads.dim)?])
@@ -104,21 +96,54 @@ impl LayerLoader<'_> {
         Ok(DecoderLayer {
             input_norm: norm(names.input_norm, hidden)?,
             attention: Attention {
-                qkv: linear(&[(q, q_width), (k, kv_width), (v, kv_width)], hidden, biases.qkv)?,
+                qkv: self.linear(index, Stage::Qkv)?,
                 qk_norm,
-                output: linear(&[(names.attention_output, hidden)], q_width, biases.output)?,
+                output: self.linear(index, Stage::AttentionOutput)?,
                 heads,
                 window: config.windows[index],
             },
             post_attention_norm: norm(names.post_attention_norm, hidden)?,
-            mlp: GatedMlp::load(
-                self.backend,
-                self.source,
-                [gate, up, names.down].map(|name| format!("{layer}.{name}")),
-                [width, hidden],
-                biases.mlp,
-            )?,
+            mlp: GatedMlp {
+                gate_up: self.linear(index, Stage::GateUp)?,
+                down: self.linear(index, Stage::Down)?,
+                width: config.intermediate_size,
+            },
         })
+    }
+
+    /// The linear modules of one stage of layer `index`.
+    pub(crate) fn linear(&self, index: usize, stage: Stage) -> Result<Linear, ModelError> {
+        let biases = self.config.biases;
+        let bias = match stage {
+            Stage::Qkv => biases.qkv,
+            Stage::AttentionOutput => biases.output,
+            Stage::GateUp | Stage::Down => biases.mlp,
+        };
+        let (modules, cols) = self.names.stage(self.config, index, stage);
+        match stage {
+            Stage::GateUp => Linear::load_gated(self.backend, self.source, &modules, cols, bias),
+            Stage::Qkv | Stage::AttentionOutput | Stage::Down => {
+                Linear::load(self.backend, self.source, &modules, cols, bias)
+            }
+        }
+    }
+}
+
+impl WeightNames {
+    /// The linear modules of one stage of layer `index`, and the width K of their input.
+    pub(crate) fn stage(&self, config: &ModelConfig, index: usize, stage: Stage) -> (Vec<Module>, usize) {
+        let (hidden, width, heads) = (config.hidden_size, config.intermediate_size, config.heads);
+        let (q_width, kv_width) = (heads.q_width(), heads.kv * heads.dim);
+        let module = |name: &str, rows| Module { name: format!("{}.{index}.{name}", self.layers), rows };
+        match stage {
+            Stage::Qkv => {
+                let [q, k, v] = self.qkv;
+                (vec![module(q, q_width), module(k, kv_width), module(v, kv_width)], hidden)
+            }
+            Stage::AttentionOutput => (vec![module(self.attention_output, hidden)], q_width),
+            Stage::GateUp => (self.gate_up.map(|name| module(name, width)).into(), hidden),
+            Stage::Down => (vec![module(self.down, hidden)], width),
+        }
     }
 }
 

@@ -45,7 +45,17 @@ impl Linear {
         Self::load_stacks(backend, source, modules, cols, bias, false)
     }
 
-    /// `is_gated`: if all modules are one stack, it is for [`Backend::gated_linear`].
+    /// As [`load`](Self::load): if all modules are one stack, it is for [`Backend::gated_linear`].
+    pub(crate) fn load_gated(
+        backend: &dyn Backend,
+        source: &dyn ParameterSource,
+        modules: &[Module],
+        cols: usize,
+        bias: bool,
+    ) -> Result<Self, ModelError> {
+        Self::load_stacks(backend, source, modules, cols, bias, true)
+    }
+
     fn load_stacks(
         backend: &dyn Backend,
         source: &dyn ParameterSource,
@@ -207,52 +217,53 @@ pub(crate) struct Attention {
 impl Attention {
     /// From `ws.normed` to `ws.delta`.
     fn forward(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
-        let (rows, heads) = (step.rows(), self.heads);
+        let rows = step.rows();
         self.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
+        self.attend(backend, step, cache, ws);
+        self.output.forward(backend, &ws.attention, rows, &mut ws.delta);
+    }
+
+    /// From `ws.qkv` to `ws.attention`.
+    pub(crate) fn attend(
+        &self,
+        backend: &dyn Backend,
+        step: &StepInputs,
+        cache: &mut PagedKv,
+        ws: &mut Workspace,
+    ) {
+        let (rows, heads) = (step.rows(), self.heads);
         let norm = self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
         backend.rope_and_cache(&mut ws.qkv, heads, &ws.rope, norm, &step.slots, rows, cache);
         let scale = (heads.dim as f32).sqrt().recip();
         let inputs = step.attention();
         backend.paged_attention(&ws.qkv, heads, scale, self.window, &inputs, cache, &mut ws.attention);
-        self.output.forward(backend, &ws.attention, rows, &mut ws.delta);
     }
 }
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
 pub(crate) struct GatedMlp {
-    gate_up: Linear,
-    down: Linear,
-    width: usize,
+    /// Of [`Linear::load_gated`].
+    pub(crate) gate_up: Linear,
+    pub(crate) down: Linear,
+    pub(crate) width: usize,
 }
 
 impl GatedMlp {
-    /// Loads `gate` and `up`, `[width, hidden]`, and `down`, `[hidden, width]`.
-    pub(crate) fn load(
-        backend: &dyn Backend,
-        source: &dyn ParameterSource,
-        [gate, up, down]: [String; 3],
-        [width, hidden]: [usize; 2],
-        bias: bool,
-    ) -> Result<Self, ModelError> {
-        let gate_up = [gate, up].map(|name| Module { name, rows: width });
-        let down = Module { name: down, rows: hidden };
-        Ok(Self {
-            gate_up: Linear::load_stacks(backend, source, &gate_up, hidden, bias, true)?,
-            down: Linear::load(backend, source, &[down], width, bias)?,
-            width,
-        })
-    }
-
     /// From `ws.normed` to `ws.delta`.
     fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
+        self.activate(backend, rows, ws);
+        self.down.forward(backend, &ws.activated, rows, &mut ws.delta);
+    }
+
+    /// From `ws.normed` to `ws.activated`.
+    pub(crate) fn activate(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
         if let [both] = self.gate_up.parts() {
             backend.gated_linear(&ws.normed, rows, &both.weight, &mut ws.gate_up, &mut ws.activated);
         } else {
             self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
             backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
         }
-        self.down.forward(backend, &ws.activated, rows, &mut ws.delta);
     }
 }
 

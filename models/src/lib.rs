@@ -22,6 +22,7 @@ mod qwen2;
 mod qwen3;
 mod registry;
 mod rope;
+pub mod staged;
 mod step;
 pub mod synthetic;
 mod workspace;

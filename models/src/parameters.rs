@@ -35,7 +35,7 @@ impl ParameterSource for Checkpoint {
 }
 
 /// The error that a tensor is not `expected`.
-fn check_shape(tensor: &str, actual: &[usize], expected: &[usize]) -> Result<(), ModelError> {
+pub(crate) fn check_shape(tensor: &str, actual: &[usize], expected: &[usize]) -> Result<(), ModelError> {
     if actual == expected {
         return Ok(());
     }

@@ -1,10 +1,10 @@
 //! Direct cast: each element on its own, to the nearest value of its block's grid (or, stochastically, to one of
 //! the two nearest).
 
-use kernels::mx::{Cast, ElementRounding, Energy, NonFinite, quantize_rows};
+use kernels::mx::{Cast, ElementRounding, Energy, quantize_rows};
 use sha2::{Digest, Sha256};
 
-use super::{Quantizer, Rows};
+use super::{QuantizeError, Quantizer, Rows};
 
 /// The method `nearest`.
 #[derive(Debug, Clone, Copy)]
@@ -14,24 +14,20 @@ pub struct DirectCast {
 }
 
 impl Quantizer for DirectCast {
-    fn name(&self) -> &'static str {
-        "nearest"
-    }
-
     fn quantize(
         &self,
         cast: Cast,
         rows: Rows<'_>,
         codes: &mut [u8],
         scales: &mut [u8],
-    ) -> Result<Energy, NonFinite> {
+    ) -> Result<Energy, QuantizeError> {
         let rounding = match self.rounding {
             ElementRounding::NearestEven => ElementRounding::NearestEven,
             ElementRounding::Stochastic { seed } => {
                 ElementRounding::Stochastic { seed: tensor_seed(seed, rows.tensor) }
             }
         };
-        quantize_rows(cast, rounding, rows.values, rows.first_index, codes, scales)
+        Ok(quantize_rows(cast, rounding, rows.values, rows.first_index, codes, scales)?)
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod calibrated;
 mod command;
 mod common;
 mod eval;

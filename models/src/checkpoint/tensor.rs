@@ -54,7 +54,7 @@ impl MxLinear {
     ///
     /// # Errors
     /// The sizes do not fit each other.
-    pub(crate) fn new(
+    pub fn new(
         scheme: Scheme,
         shape: [usize; 2],
         codes: Vec<u8>,

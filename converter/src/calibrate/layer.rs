@@ -1,0 +1,293 @@
+//! One layer: its stages one after the other, each quantized on the inputs that it then has.
+
+use std::collections::BTreeMap;
+
+use kernels::Backend;
+use kernels::mx::{Cast, ScaleRounding, Scheme};
+use models::ModelConfig;
+use models::checkpoint::{LinearTensor, MxLinear};
+use models::staged::{Ends, Parameters, Stage, StagedLayer, Stager, WindowState};
+
+use super::store::{LayerResult, PackedModule, StageRecord};
+use super::streams;
+use super::sums::{Finished, Inputs, OutputError, Sums, Wanted};
+use super::text::Windows;
+use super::{CalibrationError, HeldOutPerplexity, Job};
+use crate::error::ConvertError;
+use crate::quantize::{Problem, Quantized, retarget};
+
+/// Holds weights that make up for earlier errors near the original ones: a share of the mean of the Hessian's diagonal.
+const RETARGET_DAMPING: f64 = 0.01;
+
+/// The windows on their way through three models: the quantized one, the unquantized one, and the direct cast.
+pub(super) struct Calibrator<'a> {
+    pub(super) job: &'a Job<'a>,
+    pub(super) backend: &'a dyn Backend,
+    pub(super) config: &'a ModelConfig,
+    /// Of the modules to quantize.
+    pub(super) schemes: BTreeMap<&'a str, Scheme>,
+    /// Windows that modules are quantized on; the others compare.
+    pub(super) seen: usize,
+    /// All windows.
+    pub(super) quantized: Vec<WindowState>,
+    /// The last windows: those that are compared on, or all of them.
+    pub(super) original: Vec<WindowState>,
+    /// The windows that are compared on.
+    pub(super) nearest: Vec<WindowState>,
+    pub(super) stager: Stager<'a>,
+}
+
+/// A module to quantize.
+struct Module {
+    name: String,
+    rows: usize,
+    scheme: Scheme,
+    weight: Vec<f32>,
+}
+
+/// Sums of the inputs under one activation format: over the windows to quantize on, and over those to compare on.
+struct StageSums<T> {
+    activation: Option<Cast>,
+    seen: T,
+    held_out: T,
+}
+
+impl Calibrator<'_> {
+    /// Quantizes layer `index`, or takes what is `stored`, and takes all windows through it.
+    pub(super) fn layer(
+        &mut self,
+        index: usize,
+        stored: Option<&LayerResult>,
+    ) -> Result<LayerResult, ConvertError> {
+        let dense = streams::layer_parameters(self.job.source, index)?;
+        let original = self.load(&dense, index)?;
+        let mut parameters = dense.clone();
+        if let Some(stored) = stored {
+            self.overlay(&mut parameters, stored)?;
+        }
+        let mut layer = self.load(&parameters, index)?;
+        let mut result = stored.cloned().unwrap_or_default();
+        for state in &mut self.quantized {
+            self.stager.begin(&layer, state);
+        }
+        for state in &mut self.original {
+            self.stager.begin(&original, state);
+        }
+        for stage in Stage::ALL {
+            if stored.is_some() {
+                self.original.iter_mut().for_each(|state| self.stager.advance(&original, stage, state));
+            } else {
+                self.stage(index, stage, &original, &mut parameters, &mut result)?;
+                layer
+                    .reload(self.backend, &parameters, self.config, stage)
+                    .map_err(CalibrationError::from)?;
+            }
+            self.quantized.iter_mut().for_each(|state| self.stager.advance(&layer, stage, state));
+        }
+        self.nearest_layer(index, dense)?;
+        Ok(result)
+    }
+
+    fn load(&self, parameters: &Parameters, index: usize) -> Result<StagedLayer, CalibrationError> {
+        Ok(StagedLayer::load(self.backend, parameters, self.config, index)?)
+    }
+
+    /// Replaces weights by what was stored for them.
+    fn overlay(&self, parameters: &mut Parameters, stored: &LayerResult) -> Result<(), CalibrationError> {
+        for (name, packed) in &stored.modules {
+            let (Some(&scheme), Some(weight)) =
+                (self.schemes.get(name.as_str()), parameters.linears.get(name))
+            else {
+                continue;
+            };
+            let shape = weight.shape();
+            let mx = MxLinear::new(scheme, shape, packed.codes.clone(), packed.scales.clone());
+            let mx = mx.map_err(|error| CalibrationError::Damaged {
+                path: self.job.output.to_owned(),
+                reason: format!("{name}: {error}"),
+            })?;
+            parameters.linears.insert(name.clone(), LinearTensor::Mx(mx));
+        }
+        Ok(())
+    }
+
+    /// Quantizes the modules of one stage into `parameters` and `result`, and takes the unquantized model through it.
+    fn stage(
+        &mut self,
+        index: usize,
+        stage: Stage,
+        original: &StagedLayer,
+        parameters: &mut Parameters,
+        result: &mut LayerResult,
+    ) -> Result<(), CalibrationError> {
+        let (names, cols) = stage.modules(self.config, index);
+        let modules: Vec<Module> = names
+            .into_iter()
+            .filter_map(|(name, rows)| {
+                let scheme = *self.schemes.get(name.as_str())?;
+                let LinearTensor::Dense(dense) = parameters.linears.get(&name)? else { return None };
+                Some(Module { weight: dense.to_f32(), name, rows, scheme })
+            })
+            .collect();
+        let Some(first) = modules.first() else {
+            self.original.iter_mut().for_each(|state| self.stager.advance(original, stage, state));
+            return Ok(());
+        };
+        let bias = stage.writes_residual().then(|| parameters.vectors.get(&format!("{}.bias", first.name)));
+        let sums = self.sums(stage, cols, original, &modules, bias.flatten().map(Vec::as_slice));
+        if !sums.iter().all(|sums| sums.seen.is_finite() && sums.held_out.is_finite()) {
+            return Err(CalibrationError::NonFinite { module: first.name.clone() });
+        }
+
+        let (mut direct, mut calibrated) = (OutputError::default(), OutputError::default());
+        let mut candidates = Vec::with_capacity(modules.len());
+        for module in &modules {
+            let sums = sums.iter().find(|sums| sums.activation == module.scheme.activation);
+            let sums = sums.expect("every activation format has sums");
+            let nearest = Quantized::nearest(&module.weight, cols, nearest_cast(module.scheme.weight));
+            let method = self.quantize(module, cols, &sums.seen);
+            direct = direct.plus(sums.held_out.error(&module.weight, &nearest.dequantize()));
+            calibrated = calibrated.plus(sums.held_out.error(&module.weight, &method.dequantize()));
+            candidates.push((nearest, method));
+        }
+        let keep = calibrated.error <= direct.error;
+        for (module, (nearest, method)) in modules.iter().zip(candidates) {
+            let chosen = if keep { method } else { nearest };
+            let packed = PackedModule {
+                codes: chosen.packed_codes(),
+                scales: chosen.scale_bytes(),
+                energy: chosen.energy(&module.weight),
+            };
+            let shape = [module.rows, cols];
+            let mx = MxLinear::new(module.scheme, shape, packed.codes.clone(), packed.scales.clone());
+            let mx = mx.expect("a quantized weight has the size of its format");
+            parameters.linears.insert(module.name.clone(), LinearTensor::Mx(mx));
+            result.modules.insert(module.name.clone(), packed);
+        }
+        result.stages.push(StageRecord {
+            modules: modules.into_iter().map(|module| module.name).collect(),
+            kept: if keep { self.job.calibration.method.name() } else { "nearest" }.to_owned(),
+            nearest_db: direct.decibels(),
+            method_db: calibrated.decibels(),
+        });
+        Ok(())
+    }
+
+    /// One module, by the method.
+    fn quantize(&self, module: &Module, cols: usize, sums: &Finished) -> Quantized {
+        let strength = self.job.calibration.drift_correction;
+        let weight = sums.missing(&module.weight).map(|mut missing| {
+            missing.iter_mut().for_each(|value| *value *= strength);
+            retarget(&module.weight, cols, &sums.hessian, &missing, RETARGET_DAMPING)
+        });
+        self.job.calibration.method.quantize(&Problem {
+            weight: weight.as_deref().unwrap_or(&module.weight),
+            cols,
+            hessian: &sums.hessian,
+            cast: module.scheme.weight,
+        })
+    }
+
+    /// Sums the stage's inputs over all windows, and takes the unquantized model through the stage. `bias` is that of
+    /// the one module of a stage that adds to the residual stream.
+    fn sums(
+        &mut self,
+        stage: Stage,
+        cols: usize,
+        original: &StagedLayer,
+        modules: &[Module],
+        bias: Option<&[f32]>,
+    ) -> Vec<StageSums<Finished>> {
+        let mut all: Vec<StageSums<Sums>> = Vec::new();
+        for activation in modules.iter().map(|module| module.scheme.activation) {
+            if !all.iter().any(|sums| sums.activation == activation) {
+                let (seen, held_out) = (Sums::new(cols, false), Sums::new(cols, true));
+                all.push(StageSums { activation, seen, held_out });
+            }
+        }
+        let first_original = self.quantized.len() - self.original.len();
+        let corrects = self.job.calibration.drift_correction > 0.0;
+        let hidden = self.config.hidden_size;
+        for (window, state) in self.quantized.iter().enumerate() {
+            let mut wanted = None;
+            if window >= first_original {
+                let original_state = &mut self.original[window - first_original];
+                let before = (corrects && !stage.writes_residual()).then(|| original_state.input.clone());
+                self.stager.advance(original, stage, original_state);
+                if corrects && stage.writes_residual() {
+                    // What brings the residual stream to where it is in the unquantized model.
+                    let mut lacking = difference(&original_state.residual, &state.residual);
+                    for token in lacking.chunks_exact_mut(hidden) {
+                        token.iter_mut().zip(bias.into_iter().flatten()).for_each(|(z, bias)| *z -= bias);
+                    }
+                    wanted = Some(lacking);
+                } else {
+                    wanted = before;
+                }
+            }
+            let wanted = match &wanted {
+                None => Wanted::Same,
+                Some(values) if stage.writes_residual() => Wanted::Outputs(values, hidden),
+                Some(values) => Wanted::OfInputs(values),
+            };
+            for sums in &mut all {
+                let inputs = Inputs::new(&state.input, cols, sums.activation);
+                let sums = if window < self.seen { &mut sums.seen } else { &mut sums.held_out };
+                sums.add(&inputs, wanted);
+            }
+        }
+        all.into_iter()
+            .map(|sums| StageSums {
+                activation: sums.activation,
+                seen: sums.seen.finish(),
+                held_out: sums.held_out.finish(),
+            })
+            .collect()
+    }
+
+    /// Takes the direct cast through the layer.
+    fn nearest_layer(&mut self, index: usize, mut parameters: Parameters) -> Result<(), ConvertError> {
+        for (name, tensor) in &mut parameters.linears {
+            let (Some(&scheme), LinearTensor::Dense(dense)) = (self.schemes.get(name.as_str()), &*tensor)
+            else {
+                continue;
+            };
+            let shape = tensor.shape();
+            let quantized = Quantized::nearest(&dense.to_f32(), shape[1], nearest_cast(scheme.weight));
+            let mx = MxLinear::new(scheme, shape, quantized.packed_codes(), quantized.scale_bytes());
+            *tensor = LinearTensor::Mx(mx.expect("a quantized weight has the size of its format"));
+        }
+        let layer = self.load(&parameters, index)?;
+        for state in &mut self.nearest {
+            self.stager.begin(&layer, state);
+            Stage::ALL.into_iter().for_each(|stage| self.stager.advance(&layer, stage, state));
+        }
+        Ok(())
+    }
+
+    /// On the windows that are compared on, after the last layer.
+    pub(super) fn perplexity(&mut self, ends: &Ends, windows: &Windows) -> HeldOutPerplexity {
+        let tokens = &windows.tokens[windows.seen()..];
+        let stager = &mut self.stager;
+        let mut of = |states: &[WindowState]| {
+            let last = &states[states.len() - tokens.len()..];
+            let nll: f64 =
+                tokens.iter().zip(last).map(|(window, state)| stager.nll(ends, window, state)).sum();
+            (nll / tokens.iter().map(|window| window.len() - 1).sum::<usize>() as f64).exp()
+        };
+        HeldOutPerplexity {
+            unquantized: of(&self.original),
+            nearest: of(&self.nearest),
+            calibrated: of(&self.quantized),
+        }
+    }
+}
+
+/// What direct cast does: the same, without a search that calibration steers.
+pub(super) fn nearest_cast(cast: Cast) -> Cast {
+    if cast.scale_rounding == ScaleRounding::Mse { cast.format.into() } else { cast }
+}
+
+fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}

@@ -1,0 +1,232 @@
+//! Calibration: runs the model on text, layer by layer, and quantizes each module with what its inputs are then, those
+//! of the model as far as it is quantized. Memory: one layer, and the activations of the windows.
+
+mod error;
+mod gram;
+mod layer;
+mod modules;
+mod store;
+mod streams;
+mod sums;
+mod text;
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use kernels::Device;
+use models::ModelConfig;
+use models::staged::{Ends, Stager, WindowState};
+use serde::Serialize;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+pub use error::CalibrationError;
+pub(crate) use modules::CalibratedModules;
+pub use store::StageRecord;
+pub(crate) use store::Store;
+
+use self::layer::Calibrator;
+use self::text::Windows;
+use crate::error::ConvertError;
+use crate::layout;
+use crate::plan::Plan;
+use crate::progress::Progress;
+use crate::quantize::CalibratedMethod;
+use crate::source::Source;
+
+/// How to calibrate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibration {
+    /// The method.
+    pub method: CalibratedMethod,
+    /// A text like those that the model will see.
+    pub text: PathBuf,
+    /// Windows of text, at most.
+    pub windows: usize,
+    /// Tokens of a window.
+    pub window_tokens: usize,
+    /// How much of what earlier modules got wrong a module is to make up for: 0 nothing, 1 all that it can.
+    pub drift_correction: f32,
+}
+
+impl Calibration {
+    /// `method` on 128 windows of 512 tokens.
+    pub fn new(method: CalibratedMethod, text: impl Into<PathBuf>) -> Self {
+        Self { method, text: text.into(), windows: 128, window_tokens: 512, drift_correction: 1.0 }
+    }
+}
+
+/// What calibration came to.
+#[derive(Debug, Clone, Serialize)]
+pub struct CalibrationReport {
+    /// The method: `gptq`, `error-diffusion`.
+    pub method: &'static str,
+    /// File name of the text.
+    pub text: String,
+    /// Windows that modules were quantized on.
+    pub windows: usize,
+    /// Windows that results were compared on.
+    pub held_out: usize,
+    /// Tokens of a window.
+    pub window_tokens: usize,
+    /// On the held-out windows.
+    pub perplexity: HeldOutPerplexity,
+    /// False: the whole came out worse than direct cast on the held-out windows, and direct cast is what was written.
+    pub kept: bool,
+    /// Wall-clock seconds, of this run.
+    pub seconds: f64,
+    /// The groups of modules, in the order of execution.
+    pub stages: Vec<StageRecord>,
+}
+
+/// Perplexities on the held-out windows.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct HeldOutPerplexity {
+    /// Of the source.
+    pub unquantized: f64,
+    /// Of direct cast.
+    pub nearest: f64,
+    /// Of the calibrated model.
+    pub calibrated: f64,
+}
+
+/// Everything a calibration needs.
+pub(crate) struct Job<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) plan: &'a Plan,
+    pub(crate) calibration: &'a Calibration,
+    /// Where the output will be.
+    pub(crate) output: &'a Path,
+    pub(crate) threads: NonZeroUsize,
+    pub(crate) progress: &'a dyn Progress,
+}
+
+impl Job<'_> {
+    /// Quantizes the decoder layers, or goes on where an earlier run was interrupted.
+    pub(crate) fn run(&self) -> Result<(CalibratedModules, CalibrationReport), ConvertError> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.get()).build();
+        // Without threads of its own, the process has no way to go on.
+        pool.expect("the system gives threads").install(|| self.run_in_pool())
+    }
+
+    fn run_in_pool(&self) -> Result<(CalibratedModules, CalibrationReport), ConvertError> {
+        let start = Instant::now();
+        let config = ModelConfig::parse(self.source.config()).map_err(models::ModelError::from);
+        let config = config.map_err(CalibrationError::from)?;
+        let windows = self.windows(&config)?;
+        let store = Store::open(self.output, &self.settings(&windows)?)?;
+
+        let backend =
+            kernels::open(Device::Cpu { threads: self.threads.get() }).map_err(CalibrationError::from)?;
+        let ends = streams::end_parameters(self.source)?;
+        let ends = Ends::load(&*backend, &ends, &config).map_err(CalibrationError::from)?;
+        let mut stager = Stager::new(&*backend, &config, self.calibration.window_tokens)
+            .map_err(CalibrationError::from)?;
+        let states: Vec<WindowState> = windows
+            .tokens
+            .iter()
+            .map(|window| stager.embed(&ends, window))
+            .collect::<Result<_, _>>()
+            .map_err(CalibrationError::from)?;
+        let mut calibrator = Calibrator {
+            job: self,
+            backend: &*backend,
+            config: &config,
+            schemes: layout::schemes(self.plan),
+            seen: windows.seen(),
+            original: states[self.first_original(&windows)..].to_vec(),
+            nearest: states[windows.seen()..].to_vec(),
+            quantized: states,
+            stager,
+        };
+        let mut stages = Vec::new();
+        let mut fresh = None;
+        for index in 0..config.num_layers {
+            let stored = store.layer(index)?;
+            let began = stored.is_none().then(|| *fresh.get_or_insert((index, Instant::now())));
+            let result = calibrator.layer(index, stored.as_ref())?;
+            if let Some((first, began)) = began {
+                store.save(index, &result)?;
+                let left =
+                    began.elapsed() / (index - first + 1) as u32 * (config.num_layers - index - 1) as u32;
+                self.progress.calibrated(index + 1, config.num_layers, left);
+            }
+            stages.extend(result.stages);
+        }
+        let perplexity = calibrator.perplexity(&ends, &windows);
+        let report = CalibrationReport {
+            method: self.calibration.method.name(),
+            text: self.calibration.text.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            windows: windows.seen(),
+            held_out: windows.held_out,
+            window_tokens: self.calibration.window_tokens,
+            perplexity,
+            // Also when it is no number.
+            kept: perplexity.calibrated <= perplexity.nearest,
+            seconds: start.elapsed().as_secs_f64(),
+            stages,
+        };
+        Ok((CalibratedModules::open(store, config.num_layers)?, report))
+    }
+
+    /// Index of the first window that the unquantized model runs on, too.
+    fn first_original(&self, windows: &Windows) -> usize {
+        if self.calibration.drift_correction == 0.0 { windows.seen() } else { 0 }
+    }
+
+    fn windows(&self, config: &ModelConfig) -> Result<Windows, CalibrationError> {
+        let Calibration { text, windows, window_tokens, .. } = self.calibration;
+        if text.as_os_str().is_empty() {
+            return Err(CalibrationError::NoText { method: self.calibration.method.name() });
+        }
+        if !(2..=config.max_model_len).contains(window_tokens) {
+            return Err(CalibrationError::Window { window: *window_tokens, max: config.max_model_len });
+        }
+        let Source::Folder { checkpoint, .. } = self.source else {
+            return Err(CalibrationError::Tokenizer {
+                path: self.source.path_of(None),
+                reason: "calibration needs a Hugging Face folder with tokenizer.json; convert from one"
+                    .to_owned(),
+            });
+        };
+        let tokenizer = checkpoint.dir().join("tokenizer.json");
+        Windows::read(&tokenizer, text, *windows, *window_tokens, config.vocab_size)
+    }
+
+    /// What a stored layer depends on.
+    fn settings(&self, windows: &Windows) -> Result<serde_json::Value, CalibrationError> {
+        let mut tokens = Sha256::new();
+        for token in windows.tokens.iter().flatten() {
+            tokens.update(token.to_le_bytes());
+        }
+        let tokens: String = tokens.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut files = Vec::new();
+        for path in self.source.weight_files() {
+            let metadata = std::fs::metadata(&path).map_err(CalibrationError::io(&path))?;
+            let modified =
+                metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+            files.push(json!({
+                "path": path.display().to_string(),
+                "bytes": metadata.len(),
+                "modified_secs": modified.map(|time| time.as_secs_f64()),
+            }));
+        }
+        let schemes: serde_json::Map<String, serde_json::Value> = layout::schemes(self.plan)
+            .into_iter()
+            .map(|(module, scheme)| {
+                (module.to_owned(), json!(models::checkpoint::RecordedScheme::from(scheme)))
+            })
+            .collect();
+        Ok(json!({
+            "tool_version": env!("CARGO_PKG_VERSION"),
+            "method": self.calibration.method.name(),
+            "drift_correction": self.calibration.drift_correction,
+            "window_tokens": self.calibration.window_tokens,
+            "held_out": windows.held_out,
+            "tokens_sha256": tokens,
+            "files": files,
+            "schemes": schemes,
+        }))
+    }
+}

@@ -1,0 +1,49 @@
+//! The windows' activations on their way through the layers.
+
+use models::checkpoint::{DenseTensor, LinearTensor, dense_dtype};
+use models::staged::Parameters;
+
+use crate::error::ConvertError;
+use crate::finite::{self, first_non_finite};
+use crate::plan::LAYERS;
+use crate::source::{Source, SourceTensor};
+
+/// The tensors of decoder layer `index`, as the source has them.
+pub(super) fn layer_parameters(source: &Source, index: usize) -> Result<Parameters, ConvertError> {
+    let prefix = format!("{LAYERS}{index}.");
+    read(source, |tensor| tensor.name.starts_with(&prefix))
+}
+
+/// The tensors outside the decoder layers.
+pub(super) fn end_parameters(source: &Source) -> Result<Parameters, ConvertError> {
+    read(source, |tensor| !tensor.name.starts_with(LAYERS))
+}
+
+fn read(source: &Source, wanted: impl Fn(&SourceTensor) -> bool) -> Result<Parameters, ConvertError> {
+    let mut parameters = Parameters { dir: source.path_of(None), ..Parameters::default() };
+    for (index, tensor) in source.tensors().iter().enumerate().filter(|(_, tensor)| wanted(tensor)) {
+        let Some(dense) = read_tensor(source, index)? else { continue };
+        if let Some((element, value)) = first_non_finite(tensor.dtype, &dense.bytes) {
+            return Err(finite::error(source, index, element, value));
+        }
+        if tensor.shape.len() == 2 {
+            let module = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+            parameters.linears.insert(module.to_owned(), LinearTensor::Dense(dense));
+        } else {
+            parameters.vectors.insert(tensor.name.clone(), dense.to_f32());
+        }
+    }
+    Ok(parameters)
+}
+
+/// `None` for what is not BF16, F16 or F32.
+fn read_tensor(source: &Source, index: usize) -> Result<Option<DenseTensor>, ConvertError> {
+    let tensor = &source.tensors()[index];
+    let Some(dtype) = dense_dtype(tensor.dtype) else { return Ok(None) };
+    let (mut bytes, mut piece) = (Vec::with_capacity(tensor.bytes() as usize), Vec::new());
+    for range in source.pieces(tensor) {
+        source.read(index, &range, &mut piece)?;
+        bytes.extend_from_slice(&piece);
+    }
+    Ok(Some(DenseTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone(), bytes }))
+}
