@@ -14,5 +14,6 @@ pub use error::ConfigError;
 pub use server::ServerConfig;
 pub use settings::Settings;
 pub use values::{
-    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
+    SpeculativeConfig, SpeculativeMethod, ToolCallParser,
 };

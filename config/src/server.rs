@@ -11,7 +11,8 @@ use kernels::KvCacheDtype;
 use crate::error::ConfigError;
 use crate::settings::Settings;
 use crate::values::{
-    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
+    SpeculativeConfig, ToolCallParser,
 };
 
 /// The server's configuration: checked once, then trusted.
@@ -61,6 +62,8 @@ pub struct ServerConfig {
     pub scheduling_policy: SchedulingPolicy,
     /// Whether the beginnings of prompts are looked for in the KV cache of earlier requests.
     pub enable_prefix_caching: bool,
+    /// How tokens are drafted; `None`: one is computed at a time.
+    pub speculative_config: Option<SpeculativeConfig>,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
     /// Size of the KV cache; `None`: the device's default.
@@ -98,6 +101,7 @@ impl Default for ServerConfig {
             max_num_queued_reqs: 1024,
             scheduling_policy: SchedulingPolicy::default(),
             enable_prefix_caching: true,
+            speculative_config: None,
             kv_cache_dtype: KvCacheDtype::default(),
             kv_cache_memory_bytes: None,
             log_level: LogLevel::default(),
@@ -149,6 +153,7 @@ impl ServerConfig {
                 Some(off) => !off,
                 None => said.enable_prefix_caching.unwrap_or(d.enable_prefix_caching),
             },
+            speculative_config: said.speculative_config.map(speculative).transpose()?,
             kv_cache_dtype: said.kv_cache_dtype.unwrap_or(d.kv_cache_dtype),
             kv_cache_memory_bytes: at_least_one("kv_cache_memory_bytes", said.kv_cache_memory_bytes)?,
             log_level: said.log_level.unwrap_or(d.log_level),
@@ -185,6 +190,7 @@ impl ServerConfig {
             scheduling_policy: Some(self.scheduling_policy),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             no_enable_prefix_caching: None,
+            speculative_config: self.speculative_config,
             kv_cache_dtype: Some(self.kv_cache_dtype),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes,
             log_level: Some(self.log_level),
@@ -218,6 +224,17 @@ fn at_least_one(key: &'static str, value: Option<usize>) -> Result<Option<usize>
         Some(0) => Err(invalid(key, "must be at least 1")),
         other => Ok(other),
     }
+}
+
+fn speculative(said: SpeculativeConfig) -> Result<SpeculativeConfig, ConfigError> {
+    let (longest, shortest) = said.lookup_lengths();
+    let message = match (said.num_speculative_tokens, longest, shortest) {
+        (0, ..) => "num_speculative_tokens must be at least 1",
+        (.., 0) => "prompt_lookup_min must be at least 1",
+        _ if shortest > longest => "prompt_lookup_min must be at most prompt_lookup_max",
+        _ => return Ok(said),
+    };
+    Err(invalid("speculative_config", message))
 }
 
 fn share(key: &'static str, value: Option<f64>) -> Result<Option<f64>, ConfigError> {

@@ -9,8 +9,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ConfigError;
 use crate::values::{
-    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy, ToolCallParser,
-    kv_cache_dtype,
+    DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
+    SpeculativeConfig, ToolCallParser, kv_cache_dtype,
 };
 
 /// Every knob, as far as it was set. Names are vLLM's where it has the same knob.
@@ -179,6 +179,12 @@ pub struct Settings {
     #[serde(skip)]
     pub no_enable_prefix_caching: Option<bool>,
 
+    /// Draft tokens and verify them in one step (CPU only): {"method": "ngram", "num_speculative_tokens": 4,
+    /// "prompt_lookup_max": 4, "prompt_lookup_min": 2} [default: none]
+    #[arg(long, env = "MXSERVE_SPECULATIVE_CONFIG", value_name = "JSON", help_heading = "Scheduler")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speculative_config: Option<SpeculativeConfig>,
+
     /// Element type of the KV cache; the MX types need heads of a multiple of 32 [default: auto, which is bf16]
     #[arg(
         long,
@@ -297,6 +303,7 @@ impl Settings {
             scheduling_policy,
             enable_prefix_caching,
             no_enable_prefix_caching,
+            speculative_config,
             kv_cache_dtype,
             kv_cache_memory_bytes,
             log_level,

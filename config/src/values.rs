@@ -165,6 +165,47 @@ pub enum ReasoningParser {
     Think,
 }
 
+/// How tokens are drafted that one step then verifies; written as vLLM does, in JSON:
+/// `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpeculativeConfig {
+    /// Where drafts come from.
+    pub method: SpeculativeMethod,
+    /// Most tokens of a draft.
+    pub num_speculative_tokens: usize,
+    /// Longest n-gram that is looked for in what the sequence has so far. Default: the shortest, or 5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_lookup_max: Option<usize>,
+    /// Shortest. Default: the longest, or 5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_lookup_min: Option<usize>,
+}
+
+/// Where drafts come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpeculativeMethod {
+    /// From the sequence itself: what followed where its last tokens occurred before.
+    Ngram,
+}
+
+impl SpeculativeConfig {
+    /// Lengths of the n-grams that are looked for, longest and shortest.
+    pub fn lookup_lengths(&self) -> (usize, usize) {
+        let one = self.prompt_lookup_max.or(self.prompt_lookup_min).unwrap_or(5);
+        (self.prompt_lookup_max.unwrap_or(one), self.prompt_lookup_min.unwrap_or(one))
+    }
+}
+
+impl FromStr for SpeculativeConfig {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        serde_json::from_str(text)
+    }
+}
+
 /// The least important log lines that are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

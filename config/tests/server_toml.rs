@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use clap::Args;
-use config::{ConfigError, DeviceChoice, ServerConfig, Settings};
+use config::{ConfigError, DeviceChoice, ServerConfig, Settings, SpeculativeConfig};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/server.toml");
 
@@ -91,6 +91,36 @@ fn prefix_caching_is_switched_as_vllm_does() {
         assert_eq!(resolved.enable_prefix_caching, expected, "{flags:?}");
     }
     assert!(parse(&["--enable-prefix-caching", "--no-enable-prefix-caching"]).is_err());
+}
+
+#[test]
+fn speculation_is_written_as_vllm_does() {
+    let parsed: SpeculativeConfig =
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}"#.parse().unwrap();
+    assert_eq!((parsed.num_speculative_tokens, parsed.lookup_lengths()), (4, (3, 3)));
+    let said = |text: &str| Settings { speculative_config: text.parse().ok(), ..Settings::default() };
+    let shown = toml::to_string(&said(r#"{"method": "ngram", "num_speculative_tokens": 2}"#)).unwrap();
+    assert_eq!(
+        toml::from_str::<Settings>(&shown).unwrap().speculative_config.unwrap().lookup_lengths(),
+        (5, 5)
+    );
+    for text in [
+        r#"{"method": "eagle", "num_speculative_tokens": 4}"#,
+        r#"{"method": "ngram"}"#,
+        r#"{"method": "ngram", "num_speculative_tokens": -1}"#,
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "model": "x"}"#,
+        "ngram",
+    ] {
+        assert!(text.parse::<SpeculativeConfig>().is_err(), "{text}");
+    }
+    for text in [
+        r#"{"method": "ngram", "num_speculative_tokens": 0}"#,
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 0}"#,
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 3}"#,
+    ] {
+        let error = ServerConfig::resolve(Settings::default(), said(text)).unwrap_err();
+        assert!(error.to_string().starts_with("speculative_config: "), "{error}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use config::{DeviceChoice, ServerConfig};
 use kernels::Device;
 
-use crate::engine::{EngineOptions, KvCacheSize};
+use crate::engine::{EngineOptions, KvCacheSize, NgramLookup};
 
 /// Share of a GPU's memory that is used where nothing else was said. The rest is for the driver, and for what else
 /// runs there.
@@ -60,6 +60,10 @@ pub(crate) fn engine_options(config: &ServerConfig, device: Device) -> Result<En
         kv_cache_dtype: config.kv_cache_dtype,
         scheduling_policy: config.scheduling_policy,
         prefix_caching: config.enable_prefix_caching,
+        speculation: config.speculative_config.map(|speculative| {
+            let (max, min) = speculative.lookup_lengths();
+            NgramLookup { num_speculative_tokens: speculative.num_speculative_tokens, max, min }
+        }),
     })
 }
 

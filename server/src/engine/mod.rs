@@ -9,6 +9,7 @@ mod constraint;
 mod decode_graphs;
 mod handle;
 mod mask_workers;
+mod ngram;
 mod offline;
 mod options;
 mod prefix_cache;
@@ -29,6 +30,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 pub use constraint::{Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
 pub use handle::{EngineHandle, Loaded};
+pub use ngram::NgramLookup;
 pub use offline::{OfflineBatch, OfflineSizes};
 pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{
@@ -39,7 +41,7 @@ pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};
 use handle::{Command, Status, Submission};
 use mask_workers::Constraints;
 use runner::{ModelRunner, StepOutput};
-use scheduler::{Batch, Scheduler, Update};
+use scheduler::{Batch, NewToken, Scheduler, Speculated, Update};
 use sequence::{PromptDone, Sequence, SequenceId};
 use stats::Clock;
 
@@ -141,13 +143,16 @@ impl Engine {
     /// Moves the grammars of constrained sequences on by what was drawn, so that their next masks are computed while
     /// the step is told of and the next one runs. A sequence whose grammar ends there ends with this token.
     fn follow_grammars(&mut self) {
-        let sampled = self.batch.items.iter().filter(|item| item.samples);
-        for (item, &token) in sampled.zip(&self.output.tokens) {
+        let mut draws = 0;
+        for item in &self.batch.items {
+            let first_draw = draws;
+            draws += item.draws();
             let sequence = &mut self.scheduler.running_mut()[item.index];
-            if sequence.sampling().grammar.is_none() {
+            if !item.samples || sequence.sampling().grammar.is_none() {
                 continue;
             }
-            match self.constraints.follow(sequence.id(), token) {
+            // Who follows a grammar is not drafted for, so this is the only draw.
+            match self.constraints.follow(sequence.id(), self.output.tokens[first_draw]) {
                 Ok(Progress::Open) => {}
                 Ok(Progress::Complete) => sequence.end_with_next(FinishReason::GrammarEnd),
                 Err(error) => {
@@ -201,29 +206,32 @@ impl Engine {
         let prompt_tokens: usize =
             self.updates.iter().filter_map(|update| Some(update.prompt.as_ref()?.tokens)).sum();
         stats.prompt_tokens.fetch_add(prompt_tokens as u64, Relaxed);
-        stats.generation_tokens.fetch_add(self.output.drawn.len() as u64, Relaxed);
+        let generated = self.updates.iter().filter(|update| update.token.is_some()).count();
+        stats.generation_tokens.fetch_add(generated as u64, Relaxed);
+        let Speculated { drafts, tokens, accepted } = self.scheduler.speculated();
+        stats.spec_decode_drafts.store(drafts, Relaxed);
+        stats.spec_decode_draft_tokens.store(tokens, Relaxed);
+        stats.spec_decode_accepted_tokens.store(accepted, Relaxed);
     }
 
     /// Tells clients and the observer what the step brought.
     fn tell(&mut self) {
         let now = Instant::now();
-        let mut drawn = self.output.drawn.drain(..);
         let mut ended = Vec::new();
         for update in self.updates.drain(..) {
-            let logprobs = update.token.and_then(|_| drawn.next()).and_then(|drawn| drawn.logprobs);
             let Some(client) = self.clients.get_mut(&update.id) else { continue };
             // A send fails only when the client went away; the next step drops the sequence.
             if let Some(PromptDone { tokens: _, cached_tokens, logprobs }) = update.prompt {
                 let _ = client.events.send(TokenEvent::Prompt { cached_tokens, logprobs });
             }
-            if let Some(id) = update.token {
+            if let Some(NewToken { id, draw }) = update.token {
                 client.clock.token(now, self.observer.as_mut());
+                let logprobs = self.output.drawn[draw].logprobs.take();
                 let last = update.finished.map(|(reason, _)| reason);
                 let _ = client.events.send(TokenEvent::Token { id, logprobs, last });
             }
             ended.extend(update.finished.map(|(reason, usage)| (update.id, reason, usage)));
         }
-        drop(drawn);
         for (id, reason, usage) in ended {
             self.end(id, Some(reason), usage, now);
         }

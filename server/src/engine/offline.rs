@@ -126,7 +126,7 @@ impl OfflineBatch {
                 let tokens = missing.min(budget);
                 if tokens > 0 {
                     let samples = tokens == sequence.remaining();
-                    self.batch.items.push(BatchItem { index, tokens, samples });
+                    self.batch.items.push(BatchItem { index, tokens, drafts: 0, samples });
                 }
                 budget -= tokens;
                 index += usize::from(tokens == missing);
@@ -141,7 +141,8 @@ impl OfflineBatch {
     /// The sequences are as long as the sizes allow.
     pub fn decode(&mut self) {
         self.batch.items.clear();
-        let items = (0..self.running.len()).map(|index| BatchItem { index, tokens: 1, samples: true });
+        let items =
+            (0..self.running.len()).map(|index| BatchItem { index, tokens: 1, drafts: 0, samples: true });
         self.batch.items.extend(items);
         self.run();
     }

@@ -7,6 +7,7 @@ use kernels::{Backend, DeviceMemory, KV_BLOCK_TOKENS, KvCacheDtype, MemoryAccoun
 use models::{KvCache, LinearInfo, Model};
 
 use super::block_manager::blocks_for;
+use super::ngram::NgramLookup;
 use super::scheduler::{Features, Limits};
 
 /// Tokens per sequence that an automatically sized KV cache makes room for. Most conversations are shorter; with
@@ -32,6 +33,9 @@ pub struct EngineOptions {
     pub scheduling_policy: SchedulingPolicy,
     /// Find the beginnings of prompts in the KV cache of earlier requests.
     pub prefix_caching: bool,
+    /// Draft tokens and verify them in one step, on devices where the kernels of such steps give the same results as
+    /// those of others.
+    pub speculation: Option<NgramLookup>,
 }
 
 impl Default for EngineOptions {
@@ -47,6 +51,7 @@ impl Default for EngineOptions {
             kv_cache_dtype: KvCacheDtype::default(),
             scheduling_policy: SchedulingPolicy::default(),
             prefix_caching: true,
+            speculation: None,
         }
     }
 }
@@ -118,6 +123,9 @@ pub enum EngineError {
         /// Share of it that may be used.
         share: f64,
     },
+    /// Drafts are verified by other kernels than those of steps of one token, which this device has recorded.
+    #[error("speculative_config: {0} does not verify drafts exactly; leave it out")]
+    Speculation(String),
     /// The engine's thread could not be started.
     #[error("cannot start the engine's thread: {0}")]
     Thread(#[from] std::io::Error),
@@ -162,7 +170,7 @@ impl EngineOptions {
 
     /// What the scheduler may do.
     pub(super) fn features(&self) -> Features {
-        Features { prefix_caching: self.prefix_caching }
+        Features { prefix_caching: self.prefix_caching, speculation: self.speculation }
     }
 
     /// Decides the sizes.

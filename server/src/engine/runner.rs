@@ -8,7 +8,7 @@ use super::block_manager::blocks_for;
 use super::decode_graphs::{DecodeGraphs, DecodeStep};
 use super::mask_workers::Constraints;
 use super::options::{EngineError, EngineInfo, EngineOptions, ModelNeeds, Sizes};
-use super::sampler::{Drawn, Sampler};
+use super::sampler::{Draw, Drawn, Sampler};
 use super::scheduler::Batch;
 use super::sequence::Sequence;
 
@@ -34,7 +34,7 @@ pub(super) struct ModelRunner {
 /// What a step brought. Kept between steps for its memory.
 #[derive(Debug, Default)]
 pub(super) struct StepOutput {
-    /// One for each item that samples, in order.
+    /// For each item that samples, in order, its draws.
     pub(super) drawn: Vec<Drawn>,
     /// The tokens of `drawn`.
     pub(super) tokens: Vec<u32>,
@@ -65,6 +65,9 @@ impl ModelRunner {
         let (device, config) = (backend.as_ref(), model.config());
         let dtype = options.kv_cache_dtype;
         let limits = options.limits()?;
+        if options.speculation.is_some() && device.captures() {
+            return Err(EngineError::Speculation(device.description()));
+        }
         let max_tokens = limits.max_num_batched_tokens;
         // A step has no more sequences than tokens.
         let max_sequences = limits.max_num_seqs.min(max_tokens);
@@ -118,10 +121,9 @@ impl ModelRunner {
             .iter()
             .map(|item| {
                 let sequence = &running[item.index];
-                let first = sequence.computed();
                 StepSequence {
-                    tokens: &sequence.tokens()[first..first + item.tokens],
-                    first_position: first,
+                    tokens: sequence.next_tokens(item.tokens),
+                    first_position: sequence.computed(),
                     block_table: sequence.block_table.blocks(),
                 }
             })
@@ -153,7 +155,7 @@ impl ModelRunner {
         self.score_prompts(running, batch, output);
     }
 
-    /// Draws a token for each item that samples, from the logits of its last row.
+    /// Draws for each item that samples, from the logits of its last rows.
     fn sample(
         &mut self,
         running: &[Sequence],
@@ -163,22 +165,24 @@ impl ModelRunner {
     ) {
         output.drawn.clear();
         let mut end = 0;
-        let due: Vec<(u32, &Sequence)> = batch
+        let due: Vec<(u32, Draw<'_>)> = batch
             .items
             .iter()
-            .filter_map(|item| {
+            .flat_map(|item| {
                 end += item.tokens;
-                item.samples.then(|| (end as u32 - 1, &running[item.index]))
+                let first = end - item.draws();
+                let sequence = &running[item.index];
+                (0..item.draws()).map(move |ahead| ((first + ahead) as u32, Draw { sequence, ahead }))
             })
             .collect();
         for chunk in due.chunks(self.workspace.max_logit_rows()) {
             if !self.has_logits {
                 self.logits(chunk.iter().map(|&(row, _)| row));
             }
-            let sequences: Vec<&Sequence> = chunk.iter().map(|&(_, sequence)| sequence).collect();
+            let draws: Vec<Draw<'_>> = chunk.iter().map(|&(_, draw)| draw).collect();
             let logits = self.workspace.logits_mut();
             let backend = self.backend.as_ref();
-            self.sampler.draw(backend, logits, &sequences, constraints, &mut output.drawn);
+            self.sampler.draw(backend, logits, &draws, constraints, &mut output.drawn);
         }
         output.tokens.clear();
         output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));

@@ -21,6 +21,14 @@ pub(super) struct Sampler {
     tokens: Vec<u32>,
 }
 
+/// A token to draw: the one that follows the sequence, or a draft of it that is so long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Draw<'a> {
+    pub(super) sequence: &'a Sequence,
+    /// Tokens of the draft before it.
+    pub(super) ahead: usize,
+}
+
 /// A drawn token.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Drawn {
@@ -45,24 +53,25 @@ impl Sampler {
         })
     }
 
-    /// Draws the next token of each of `sequences`, whose logits are the rows of `logits`, `[_, vocab]`, in order;
-    /// appends to `out`. Waits for the masks of those that follow a grammar.
+    /// Makes all `draws`, whose logits are the rows of `logits`, `[_, vocab]`, in order; appends to `out`. Waits for the
+    /// masks of those that follow a grammar.
     pub(super) fn draw(
         &mut self,
         backend: &dyn Backend,
         logits: &mut Buffer,
-        sequences: &[&Sequence],
+        draws: &[Draw<'_>],
         constraints: &mut Constraints,
         out: &mut Vec<Drawn>,
     ) {
         let vocab = self.raw.len();
         let first = out.len();
-        let top = sequences.iter().filter_map(|sequence| sequence.logprobs()).max();
+        let top = draws.iter().filter_map(|draw| draw.sequence.logprobs()).max();
         self.params.clear();
-        self.params.extend(sequences.iter().map(|sequence| params(sequence)));
+        self.params.extend(draws.iter().map(params));
 
         let mut restore = Vec::new();
-        for (index, sequence) in sequences.iter().enumerate().filter(|(_, sequence)| is_processed(sequence)) {
+        let sequences = draws.iter().map(|draw| draw.sequence);
+        for (index, sequence) in sequences.enumerate().filter(|(_, sequence)| is_processed(sequence)) {
             backend.read_f32(logits, index * vocab, &mut self.raw);
             self.row.clone_from(&self.raw);
             process(sequence, constraints.mask(sequence.id()), &self.raw, &mut self.row);
@@ -72,7 +81,7 @@ impl Sampler {
             }
         }
         backend.sample(logits, vocab, &self.params, &mut self.drawn);
-        self.tokens.resize(sequences.len(), 0);
+        self.tokens.resize(draws.len(), 0);
         backend.read_u32(&self.drawn, 0, &mut self.tokens);
         out.extend(self.tokens.iter().map(|&token| Drawn { token, logprobs: None }));
 
@@ -80,19 +89,20 @@ impl Sampler {
         for (index, raw) in restore {
             backend.write_f32(logits, index * vocab, &raw);
         }
-        let reported = |index: &usize| sequences[*index].logprobs().is_some();
-        let rows: Vec<usize> = (0..sequences.len()).filter(reported).collect();
+        let reported = |index: &usize| draws[*index].sequence.logprobs().is_some();
+        let rows: Vec<usize> = (0..draws.len()).filter(reported).collect();
         let targets: Vec<u32> = rows.iter().map(|&row| self.tokens[row]).collect();
         for (&row, mut logprobs) in rows.iter().zip(backend.logprobs(logits, vocab, &rows, &targets, top)) {
-            logprobs.top.truncate(sequences[row].logprobs().unwrap_or(0));
+            logprobs.top.truncate(draws[row].sequence.logprobs().unwrap_or(0));
             out[first + row].logprobs = Some(logprobs);
         }
     }
 }
 
 /// The device's part of a sequence's sampling. The draw's number is the token's place in the output, so a sequence
-/// that is computed again goes on with the same random numbers.
-fn params(sequence: &Sequence) -> SampleParams {
+/// that is computed again goes on with the same random numbers, and so does one whose draft is verified.
+fn params(draw: &Draw<'_>) -> SampleParams {
+    let Draw { sequence, ahead } = draw;
     let sampling = sequence.sampling();
     SampleParams {
         temperature: sampling.temperature,
@@ -100,7 +110,7 @@ fn params(sequence: &Sequence) -> SampleParams {
         top_p: sampling.top_p,
         min_p: sampling.min_p,
         seed: sampling.seed,
-        draw: sequence.generated() as u64,
+        draw: (sequence.generated() + ahead) as u64,
     }
 }
 
@@ -112,7 +122,7 @@ fn is_too_short_to_stop(sequence: &Sequence) -> bool {
 }
 
 /// Whether the sequence's logits must be changed before sampling.
-fn is_processed(sequence: &Sequence) -> bool {
+pub(super) fn is_processed(sequence: &Sequence) -> bool {
     let Sampling { logit_bias, allowed_token_ids, bad_words, grammar, .. } = sequence.sampling();
     sequence.counts().is_some()
         || grammar.is_some()
@@ -331,8 +341,10 @@ mod tests {
     #[test]
     fn the_draw_is_the_place_in_the_output() {
         let mut sequence = sequence(Sampling { seed: 11, ..Sampling::default() }, StopConditions::default());
-        assert_eq!((params(&sequence).seed, params(&sequence).draw), (11, 3));
+        let drawn = params(&Draw { sequence: &sequence, ahead: 0 });
+        assert_eq!((drawn.seed, drawn.draw), (11, 3));
+        assert_eq!(params(&Draw { sequence: &sequence, ahead: 2 }).draw, 5);
         sequence.restart(&mut BlockManager::new(0));
-        assert_eq!(params(&sequence).draw, 3);
+        assert_eq!(params(&Draw { sequence: &sequence, ahead: 0 }).draw, 3);
     }
 }

@@ -12,7 +12,9 @@ use std::collections::VecDeque;
 use kernels::KV_BLOCK_TOKENS;
 
 use super::block_manager::{BlockManager, Hit, blocks_for};
+use super::ngram::NgramLookup;
 use super::request::{FinishReason, Usage};
+use super::sampler::is_processed;
 use super::sequence::{PromptDone, Sequence, SequenceId};
 
 /// Bounds of one step.
@@ -29,6 +31,8 @@ pub(super) struct Limits {
 pub(super) struct Features {
     /// Find the beginnings of sequences in the blocks of others, also of those that have ended.
     pub(super) prefix_caching: bool,
+    /// Draft tokens that a step verifies, with what is left of its budget.
+    pub(super) speculation: Option<NgramLookup>,
 }
 
 /// One step's work. Made by [`Scheduler::schedule`], ended by [`Scheduler::commit`]; kept between steps for its memory.
@@ -68,8 +72,17 @@ pub(super) struct BatchItem {
     pub(super) index: usize,
     /// Tokens to compute, following those that are.
     pub(super) tokens: usize,
-    /// Whether the last of them is the last known one, so that the next token is drawn.
+    /// How many of them are a draft, behind the last known token.
+    pub(super) drafts: usize,
+    /// Whether the last known token is among them, so that the next one is drawn, and one after each of the draft.
     pub(super) samples: bool,
+}
+
+impl BatchItem {
+    /// Tokens that are drawn, one for each of its last rows.
+    pub(super) fn draws(&self) -> usize {
+        if self.samples { 1 + self.drafts } else { 0 }
+    }
 }
 
 /// What a step did to a sequence that its client should hear of.
@@ -79,10 +92,30 @@ pub(super) struct Update {
     pub(super) id: SequenceId,
     /// The prompt is complete; said once, however often it is computed.
     pub(super) prompt: Option<PromptDone>,
-    /// The token that was drawn.
-    pub(super) token: Option<u32>,
+    /// A token that was drawn.
+    pub(super) token: Option<NewToken>,
     /// The sequence ended: why, and with how many tokens.
     pub(super) finished: Option<(FinishReason, Usage)>,
+}
+
+/// A token that a sequence got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NewToken {
+    /// Its id.
+    pub(super) id: u32,
+    /// Which of the step's draws it is.
+    pub(super) draw: usize,
+}
+
+/// What came of drafts since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Speculated {
+    /// Drafts that were verified.
+    pub(super) drafts: u64,
+    /// Their tokens.
+    pub(super) tokens: u64,
+    /// Those that were what was drawn.
+    pub(super) accepted: u64,
 }
 
 /// The sequences that wait and run, and their KV blocks.
@@ -95,6 +128,7 @@ pub(super) struct Scheduler {
     waiting: VecDeque<Sequence>,
     /// In order of rank when a step is planned.
     running: Vec<Sequence>,
+    speculated: Speculated,
 }
 
 impl Scheduler {
@@ -105,7 +139,14 @@ impl Scheduler {
             "a step holds something: {limits:?}"
         );
         let blocks = BlockManager::new(blocks);
-        Self { limits, features, blocks, waiting: VecDeque::new(), running: Vec::new() }
+        Self {
+            limits,
+            features,
+            blocks,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            speculated: Speculated::default(),
+        }
     }
 
     /// Tokens of the longest sequence that the cache can hold.
@@ -157,26 +198,51 @@ impl Scheduler {
         }
     }
 
-    /// Records that the step ran and drew `sampled`, one token for each item that samples, in order. Appends what
-    /// happened to `updates`; sequences that ended are gone, and their blocks free.
+    /// Records that the step ran and drew `sampled`: for each item that samples, in order, a token after its last known
+    /// one and after each of its draft. Appends what happened to `updates`, one for each token that a sequence gets: the
+    /// first that was drawn, and the next as long as the draft said the one before. Sequences that ended are gone, and
+    /// their blocks free.
     pub(super) fn commit(&mut self, batch: &Batch, sampled: &[u32], updates: &mut Vec<Update>) {
-        debug_assert_eq!(sampled.len(), batch.items.iter().filter(|item| item.samples).count());
-        let mut sampled = sampled.iter();
+        debug_assert_eq!(sampled.len(), batch.items.iter().map(BatchItem::draws).sum::<usize>());
+        let mut first_draw = 0;
         for item in &batch.items {
             let sequence = &mut self.running[item.index];
-            let prompt = sequence.advance(item.tokens);
+            let id = sequence.id();
+            let mut prompt = sequence.advance(item.tokens - item.drafts);
+            let draft = sequence.take_draft();
+            let draws = first_draw..first_draw + item.draws();
+            first_draw = draws.end;
+            let mut accepted = 0;
+            for draw in draws {
+                let token = sampled[draw];
+                sequence.push(token);
+                let finished = sequence.finish().map(|reason| (reason, sequence.usage()));
+                let token_update = Some(NewToken { id: token, draw });
+                updates.push(Update { id, prompt: prompt.take(), token: token_update, finished });
+                if draft.get(accepted) != Some(&token) {
+                    break;
+                }
+                accepted += 1;
+                // Its keys and values are those of the draft; of the rest of a draft, they are written over.
+                let _ = sequence.advance(1);
+                if finished.is_some() {
+                    break;
+                }
+            }
+            if item.drafts > 0 {
+                self.speculated.drafts += 1;
+                self.speculated.tokens += item.drafts as u64;
+                self.speculated.accepted += accepted as u64;
+            }
+            if prompt.is_some() {
+                if !sequence.generates() {
+                    sequence.finish_without_token();
+                }
+                let finished = sequence.finish().map(|reason| (reason, sequence.usage()));
+                updates.push(Update { id, prompt, token: None, finished });
+            }
             if self.features.prefix_caching {
                 sequence.name_full_blocks(&mut self.blocks);
-            }
-            let token = if item.samples { sampled.next().copied() } else { None };
-            if let Some(token) = token {
-                sequence.push(token);
-            } else if prompt.is_some() && !sequence.generates() {
-                sequence.finish_without_token();
-            }
-            if prompt.is_some() || token.is_some() {
-                let finished = sequence.finish().map(|reason| (reason, sequence.usage()));
-                updates.push(Update { id: sequence.id(), prompt, token, finished });
             }
         }
         self.running.retain_mut(|sequence| {
@@ -185,6 +251,11 @@ impl Scheduler {
             }
             sequence.finish().is_none()
         });
+    }
+
+    /// What came of drafts since the start.
+    pub(super) fn speculated(&self) -> Speculated {
+        self.speculated
     }
 
     /// The running sequences.
@@ -273,12 +344,29 @@ impl Scheduler {
     }
 
     /// Puts as many tokens of `running[index]` into the batch as `budget` allows; returns how many.
-    fn put(&self, index: usize, budget: usize, batch: &mut Batch) -> usize {
+    fn put(&mut self, index: usize, budget: usize, batch: &mut Batch) -> usize {
         let sequence = &self.running[index];
-        let tokens = sequence.remaining().min(budget);
-        let samples = tokens == sequence.remaining() && sequence.generates();
-        batch.items.push(BatchItem { index, tokens, samples });
-        tokens
+        let known = sequence.remaining().min(budget);
+        let samples = known == sequence.remaining() && sequence.generates();
+        let drafts = if samples && known == 1 { self.draft(index, budget - 1) } else { 0 };
+        batch.items.push(BatchItem { index, tokens: known + drafts, drafts, samples });
+        known + drafts
+    }
+
+    /// Drafts up to `at_most` tokens for `running[index]`, and gives it blocks for them as far as nobody else soon needs
+    /// these; says how many. None where what is drawn depends on what was drawn before.
+    fn draft(&mut self, index: usize, at_most: usize) -> usize {
+        let reserve = self.running.len();
+        let sequence = &mut self.running[index];
+        let Some(lookup) = self.features.speculation.filter(|_| !is_processed(sequence)) else { return 0 };
+        let known = sequence.tokens().len();
+        let held = sequence.block_table.blocks().len();
+        let spare = self.blocks.free().saturating_sub(reserve);
+        let room = (held + spare) * KV_BLOCK_TOKENS - known;
+        let drafts = sequence.draft(lookup, at_most.min(room));
+        let grown = self.blocks.grow(&mut sequence.block_table, known + drafts);
+        assert!(grown, "free blocks were counted");
+        drafts
     }
 }
 

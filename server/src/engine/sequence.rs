@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use kernels::{KV_BLOCK_TOKENS, TokenLogprobs};
 
 use super::block_manager::{BlockManager, BlockTable, Hit};
+use super::ngram::{self, NgramLookup};
 use super::prefix_cache::HashChain;
 use super::request::{FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, Usage};
 
@@ -38,6 +39,8 @@ pub(super) struct Sequence {
     named_blocks: usize,
     /// Prompt tokens that the cache had when the sequence first ran; `None` before.
     cached_tokens: Option<usize>,
+    /// The last token and what is drafted to follow it; empty without a draft.
+    drafted: Vec<u32>,
     sampling: Sampling,
     stop: StopConditions,
     logprobs: Option<usize>,
@@ -86,6 +89,7 @@ impl Sequence {
             chain: HashChain::new(cache_salt.as_deref()),
             named_blocks: 0,
             cached_tokens: None,
+            drafted: Vec::new(),
             counts: penalized.then(|| TokenCounts(prompt.iter().map(|&token| (token, 0)).collect())),
             tokens: prompt,
             sampling,
@@ -263,11 +267,42 @@ impl Sequence {
         self.named_blocks = full;
     }
 
+    /// The next `count` tokens to compute: known ones, or the last one and its draft.
+    pub(super) fn next_tokens(&self, count: usize) -> &[u32] {
+        if self.drafted.is_empty() {
+            &self.tokens[self.computed..self.computed + count]
+        } else {
+            &self.drafted[..count]
+        }
+    }
+
+    /// Drafts up to `at_most` tokens to be verified in the next step; says how many. Only where the last token is all
+    /// that is to be computed, so that what is drawn at each place depends on the logits of that place alone.
+    pub(super) fn draft(&mut self, lookup: NgramLookup, at_most: usize) -> usize {
+        self.drafted.clear();
+        // The token after the draft must fit too.
+        let room = self.max_len.saturating_sub(self.tokens.len() + 1);
+        let draft = ngram::draft(&self.tokens, lookup, at_most.min(room));
+        if let (false, Some(&last)) = (draft.is_empty(), self.tokens.last()) {
+            self.drafted.push(last);
+            self.drafted.extend_from_slice(draft);
+        }
+        self.drafted.len().saturating_sub(1)
+    }
+
+    /// Forgets the draft; returns it.
+    pub(super) fn take_draft(&mut self) -> Vec<u32> {
+        let mut drafted = std::mem::take(&mut self.drafted);
+        drafted.drain(..drafted.len().min(1));
+        drafted
+    }
+
     /// Gives its blocks back: it is computed again, as far as the cache forgets it, and sampling goes on where it was.
     pub(super) fn restart(&mut self, blocks: &mut BlockManager) {
         blocks.release(&mut self.block_table);
         self.computed = 0;
         self.named_blocks = 0;
+        self.drafted.clear();
     }
 
     fn finish_after(&self, token: u32) -> Option<FinishReason> {

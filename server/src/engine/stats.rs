@@ -29,6 +29,12 @@ pub struct EngineStats {
     pub generation_tokens: u64,
     /// Times that a sequence gave its KV blocks back to an older one.
     pub preemptions: u64,
+    /// Drafts that were verified.
+    pub spec_decode_drafts: u64,
+    /// Their tokens.
+    pub spec_decode_draft_tokens: u64,
+    /// Those that were right.
+    pub spec_decode_accepted_tokens: u64,
 }
 
 impl EngineStats {
@@ -51,6 +57,9 @@ pub(super) struct StatsCell {
     pub(super) prefix_cache_hits: AtomicU64,
     pub(super) generation_tokens: AtomicU64,
     pub(super) preemptions: AtomicU64,
+    pub(super) spec_decode_drafts: AtomicU64,
+    pub(super) spec_decode_draft_tokens: AtomicU64,
+    pub(super) spec_decode_accepted_tokens: AtomicU64,
 }
 
 impl StatsCell {
@@ -68,6 +77,9 @@ impl StatsCell {
             prefix_cache_hits: self.prefix_cache_hits.load(Ordering::Relaxed),
             generation_tokens: self.generation_tokens.load(Ordering::Relaxed),
             preemptions: self.preemptions.load(Ordering::Relaxed),
+            spec_decode_drafts: self.spec_decode_drafts.load(Ordering::Relaxed),
+            spec_decode_draft_tokens: self.spec_decode_draft_tokens.load(Ordering::Relaxed),
+            spec_decode_accepted_tokens: self.spec_decode_accepted_tokens.load(Ordering::Relaxed),
         }
     }
 }
@@ -85,7 +97,7 @@ pub trait EngineObserver: Send {
         let _ = since_submission;
     }
 
-    /// A sequence got another token this long after the one before.
+    /// A sequence got another token this long after the one before; said once for tokens that came together.
     fn next_token(&mut self, since_previous: Duration) {
         let _ = since_previous;
     }
@@ -154,6 +166,8 @@ impl Clock {
                 observer.first_token(now.saturating_duration_since(self.submitted));
                 self.tokens = Some(TokenTimes { first: now, last: now });
             }
+            // They came with the same step.
+            Some(times) if times.last == now => {}
             Some(times) => {
                 observer.next_token(now.saturating_duration_since(times.last));
                 times.last = now;

@@ -66,6 +66,9 @@ pub struct Telemetry {
     num_preemptions_total: IntCounter,
     prefix_cache_queries_total: IntCounter,
     prefix_cache_hits_total: IntCounter,
+    spec_decode_num_drafts_total: IntCounter,
+    spec_decode_num_draft_tokens_total: IntCounter,
+    spec_decode_num_accepted_tokens_total: IntCounter,
     request_success_total: IntCounterVec,
     admission_rejections_total: IntCounterVec,
     process_cpu_seconds_total: Counter,
@@ -127,6 +130,12 @@ impl Telemetry {
             )?,
             prefix_cache_hits_total: m
                 .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
+            spec_decode_num_drafts_total: m
+                .counter("vllm:spec_decode_num_drafts_total", "Drafts that were verified.")?,
+            spec_decode_num_draft_tokens_total: m
+                .counter("vllm:spec_decode_num_draft_tokens_total", "Drafted tokens.")?,
+            spec_decode_num_accepted_tokens_total: m
+                .counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens that were right.")?,
             request_success_total: m.counters(
                 "vllm:request_success_total",
                 "Sequences that ended, by reason.",
@@ -248,6 +257,9 @@ impl Telemetry {
             (&self.num_preemptions_total, stats.preemptions),
             (&self.prefix_cache_queries_total, stats.prefix_cache_queries),
             (&self.prefix_cache_hits_total, stats.prefix_cache_hits),
+            (&self.spec_decode_num_drafts_total, stats.spec_decode_drafts),
+            (&self.spec_decode_num_draft_tokens_total, stats.spec_decode_draft_tokens),
+            (&self.spec_decode_num_accepted_tokens_total, stats.spec_decode_accepted_tokens),
         ] {
             counter.inc_by(total.saturating_sub(counter.get()));
         }

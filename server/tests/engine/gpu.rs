@@ -97,3 +97,14 @@ fn the_cache_takes_its_share_of_the_device() {
     let too_little = EngineHandle::start(share(0.0001), Box::new(()), || load_on(GPU)).unwrap_err();
     assert!(too_little.to_string().contains("gpu_memory_utilization"), "{too_little}");
 }
+
+#[test]
+fn speculation_is_refused_where_it_would_not_be_exact() {
+    if gpu(options(8)).is_none() {
+        return;
+    }
+    let lookup = NgramLookup { num_speculative_tokens: 4, max: 3, min: 2 };
+    let speculating = EngineOptions { speculation: Some(lookup), ..options(8) };
+    let error = EngineHandle::start(speculating, Box::new(()), || load_on(GPU)).unwrap_err();
+    assert!(error.to_string().starts_with("speculative_config: "), "{error}");
+}

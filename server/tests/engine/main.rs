@@ -11,7 +11,7 @@ use kernels::{Device, TokenLogprobs};
 use models::checkpoint::Checkpoint;
 use server::engine::{
     EngineHandle, EngineObserver, EngineOptions, FinishReason, GenerateRequest, KvCacheSize, Loaded,
-    Sampling, Scheduling, StopConditions, TokenEvent, Usage,
+    NgramLookup, Sampling, Scheduling, StopConditions, TokenEvent, Usage,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 

@@ -178,6 +178,50 @@ fn the_next_turn_of_a_conversation_finds_question_and_answer() {
 }
 
 #[test]
+fn speculation_changes_nothing_but_the_number_of_steps() {
+    let requests = || {
+        let mut requests = mixed_requests();
+        // What repeats itself is what is drafted.
+        requests.extend((0..4).map(|index| {
+            let phrase = &text_tokens()[50 * index..][..6 + index];
+            let sampling = Sampling { seed: 7, temperature: [0.0, 0.6][index % 2], ..Sampling::default() };
+            GenerateRequest { prompt: phrase.repeat(6), sampling, logprobs: Some(index), ..request(1, 90) }
+        }));
+        requests
+    };
+    let plain = start(options(200));
+    let expected: Vec<Heard> = requests().into_iter().map(|request| run(&plain, request)).collect();
+    assert_eq!(plain.stats().spec_decode_drafts, 0);
+    let lookup = NgramLookup { num_speculative_tokens: 4, max: 3, min: 2 };
+    let speculating = EngineOptions { speculation: Some(lookup), ..options(200) };
+    for (name, options) in [
+        ("roomy", speculating),
+        ("steps of 7 tokens", EngineOptions { max_num_batched_tokens: 7, ..speculating }),
+        ("little memory", EngineOptions { kv_cache: KvCacheSize::Blocks(14), ..speculating }),
+    ] {
+        let alone = start(options);
+        let heard = requests().into_iter().map(|r| run(&alone, r).but_for_the_cache()).collect::<Vec<_>>();
+        assert_same(name, &expected, &heard);
+        let crowded = start(options);
+        let channels = crowded.submit_all(requests()).unwrap();
+        let heard: Vec<Heard> = channels.into_iter().map(|c| hear(c).but_for_the_cache()).collect();
+        assert_same(&format!("{name}, a crowd"), &expected, &heard);
+        let stats = crowded.stats();
+        assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0), "{name}");
+
+        let stats = alone.stats();
+        assert!(stats.spec_decode_accepted_tokens <= stats.spec_decode_draft_tokens, "{name}: {stats:?}");
+        assert!(stats.spec_decode_draft_tokens <= 4 * stats.spec_decode_drafts, "{name}: {stats:?}");
+        assert_eq!(stats.generation_tokens, plain.stats().generation_tokens, "{name}");
+        if name == "roomy" {
+            let saved = plain.stats().steps - stats.steps;
+            assert_eq!(saved, stats.spec_decode_accepted_tokens, "a step less for each token that was right");
+            assert!(saved > 50, "{stats:?}");
+        }
+    }
+}
+
+#[test]
 fn seeds_decide_what_is_drawn() {
     let engine = start(options(64));
     let draw = |seed| {

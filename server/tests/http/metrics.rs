@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::support::TestServer;
 
 /// Names that dashboards, routers and autoscalers read.
-const NAMES: [&str; 32] = [
+const NAMES: [&str; 35] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -17,6 +17,9 @@ const NAMES: [&str; 32] = [
     "vllm:num_preemptions_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
     "vllm:admission_rejections_total",
     "vllm:time_to_first_token_seconds_bucket",
     "vllm:inter_token_latency_seconds_bucket",

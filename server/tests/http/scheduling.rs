@@ -73,3 +73,19 @@ async fn priorities_are_for_servers_that_have_them() {
         TestServer::with(|settings, _| settings.scheduling_policy = Some(SchedulingPolicy::Priority)).await;
     by_priority.ok(PATH, &body).await;
 }
+
+#[tokio::test]
+async fn speculation_shows_in_metrics_and_not_in_answers() {
+    let phrase = &prompt()[..8];
+    let body = json!({"prompt": phrase.repeat(8), "max_tokens": 40, "temperature": 0, "ignore_eos": true});
+    let expected = TestServer::start().await.choice(body.clone()).await;
+    let config = r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}"#;
+    let server =
+        TestServer::with(|settings, _| settings.speculative_config = Some(config.parse().unwrap())).await;
+    assert_eq!(server.choice(body).await, expected);
+    let value = async |name: &str| server.metric(name, &[]).await.unwrap();
+    let accepted = value("vllm:spec_decode_num_accepted_tokens_total").await;
+    assert!(accepted > 0.0 && accepted <= value("vllm:spec_decode_num_draft_tokens_total").await);
+    assert!(value("vllm:spec_decode_num_drafts_total").await > 0.0);
+    assert_eq!(value("vllm:generation_tokens_total").await, 40.0);
+}

@@ -9,6 +9,10 @@ use crate::engine::request::{GenerateRequest, Sampling, Scheduling, StopConditio
 
 const B: usize = KV_BLOCK_TOKENS;
 
+const CACHING: Features = Features { prefix_caching: true, speculation: None };
+
+const LOOKUP: NgramLookup = NgramLookup { num_speculative_tokens: 3, max: 3, min: 1 };
+
 /// A token that ends every sequence of these tests.
 const EOS: u32 = 1;
 
@@ -34,7 +38,7 @@ fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
     let (mut batch, mut updates) = (Batch::default(), Vec::new());
     scheduler.schedule(&mut batch);
     let planned = batch.items.iter().map(|i| (scheduler.running()[i.index].id().0, i.tokens)).collect();
-    let sampled = vec![9; batch.items.iter().filter(|item| item.samples).count()];
+    let sampled = vec![9; batch.items.iter().map(BatchItem::draws).sum()];
     scheduler.commit(&batch, &sampled, &mut updates);
     planned
 }
@@ -256,7 +260,7 @@ fn beginnings_are_found() {
     ];
     for (name, prompts) in cases {
         let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
-        let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 20);
+        let mut scheduler = Scheduler::new(limits, CACHING, 20);
         for (id, (prompt, scheduling, computed)) in (0..).zip(prompts) {
             scheduler.add(sequence_of(id, prompt, 3, scheduling));
             assert_eq!(step(&mut scheduler), [(id, computed)], "{name}: prompt {id}");
@@ -271,7 +275,7 @@ fn beginnings_are_found() {
 #[test]
 fn those_who_run_share_and_memory_counts_once() {
     let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
-    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 6);
+    let mut scheduler = Scheduler::new(limits, CACHING, 6);
     scheduler.add(sequence_of(0, prompt_of(0, 3 * B + 1), 9, Scheduling::default()));
     assert_eq!(step(&mut scheduler), [(0, 3 * B + 1)]);
     // Without sharing, neither would have room.
@@ -286,7 +290,7 @@ fn those_who_run_share_and_memory_counts_once() {
 #[test]
 fn a_prompt_that_is_scored_is_computed() {
     let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
-    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 20);
+    let mut scheduler = Scheduler::new(limits, CACHING, 20);
     for id in 0..2 {
         let request = GenerateRequest {
             id: String::new(),
@@ -309,7 +313,7 @@ fn a_prompt_that_is_scored_is_computed() {
 #[test]
 fn who_is_preempted_finds_its_blocks_again() {
     let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: 100 };
-    let mut scheduler = Scheduler::new(limits, Features { prefix_caching: true }, 4);
+    let mut scheduler = Scheduler::new(limits, CACHING, 4);
     scheduler.add(sequence_of(0, prompt_of(0, B - 1), 3, Scheduling::default()));
     scheduler.add(sequence_of(1, vec![3; 2 * B - 1], 4, Scheduling::default()));
     let mut steps = Vec::new();
@@ -385,8 +389,10 @@ fn client() -> impl Strategy<Value = Client> {
     )
 }
 
-/// The token drawn at a place of a sequence: any function of these two alone, as real sampling is.
+/// The token drawn at a place of a sequence: any function of these two alone, as real sampling is. Every other sequence
+/// repeats itself, now and then with a change.
 fn drawn(id: SequenceId, place: usize) -> u32 {
+    let place = if id.0.is_multiple_of(2) && !place.is_multiple_of(11) { 60 + place % 3 } else { place };
     let mixed = (id.0 << 32 | place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
     // About one token in 50 ends its sequence.
     if mixed.is_multiple_of(50) { EOS } else { 2 + (mixed % 1000) as u32 }
@@ -437,7 +443,10 @@ fn check_plan(scheduler: &Scheduler, batch: &Batch) {
 
     for item in &batch.items {
         let sequence = &scheduler.running()[item.index];
-        assert!(item.tokens >= 1 && item.tokens <= sequence.remaining());
+        let known = item.tokens - item.drafts;
+        assert!(known >= 1 && known <= sequence.remaining());
+        assert!(item.drafts == 0 || (item.samples && known == 1), "drafts are for those who decode");
+        assert!(sequence.tokens().len() + item.drafts < sequence.max_len() || item.drafts == 0);
         let room = sequence.block_table.blocks().len() * B;
         assert!(sequence.computed() + item.tokens <= room, "every token has a slot");
     }
@@ -454,9 +463,10 @@ impl Memory {
         for item in &batch.items {
             let sequence = &scheduler.running()[item.index];
             let blocks = sequence.block_table.blocks();
-            let (first, end) = (sequence.computed(), sequence.computed() + item.tokens);
+            let first = sequence.computed();
             let mut value = 0_u64;
-            for (at, &token) in sequence.tokens()[..end].iter().enumerate() {
+            let tokens = sequence.tokens()[..first].iter().chain(sequence.next_tokens(item.tokens));
+            for (at, &token) in tokens.enumerate() {
                 value = (value ^ u64::from(token)).wrapping_mul(0x100_0000_01b3).rotate_left(17);
                 let slot = blocks[at / B] as usize * B + at % B;
                 if at < first {
@@ -474,6 +484,7 @@ impl Memory {
 struct Simulated {
     preemptions: usize,
     prefix_hits: usize,
+    speculated: Speculated,
 }
 
 /// Serves `clients` to the end; checks each step, and what each client heard.
@@ -513,9 +524,16 @@ fn simulate(limits: Limits, features: Features, blocks: usize, clients: &[Client
         let sampled: Vec<u32> = batch
             .items
             .iter()
-            .filter(|item| item.samples)
-            .map(|item| &scheduler.running()[item.index])
-            .map(|sequence| drawn(sequence.id(), sequence.generated()))
+            .flat_map(|item| {
+                let sequence = &scheduler.running()[item.index];
+                let draft = &sequence.next_tokens(item.tokens)[item.tokens - item.drafts..];
+                let place = sequence.generated();
+                (0..item.draws()).map(move |ahead| {
+                    // What follows a wrong draft means nothing.
+                    let is_right = (0..ahead).all(|i| draft[i] == drawn(sequence.id(), place + i));
+                    if is_right { drawn(sequence.id(), place + ahead) } else { 5000 }
+                })
+            })
             .collect();
         scheduler.commit(&batch, &sampled, &mut updates);
         for update in updates.drain(..) {
@@ -523,7 +541,10 @@ fn simulate(limits: Limits, features: Features, blocks: usize, clients: &[Client
             if update.prompt.is_some() {
                 assert!(prompts.insert(update.id), "a prompt completes once");
             }
-            outputs.entry(update.id).or_default().extend(update.token);
+            outputs.entry(update.id).or_default().extend(update.token.map(|token| token.id));
+            if let Some(token) = update.token {
+                assert_eq!(sampled[token.draw], token.id);
+            }
             if update.finished.is_some() {
                 ended.insert(update.id);
             }
@@ -532,6 +553,7 @@ fn simulate(limits: Limits, features: Features, blocks: usize, clients: &[Client
         assert!(now < 1_000_000, "does not end");
     }
 
+    simulated.speculated = scheduler.speculated();
     assert_eq!(scheduler.blocks().used(), 0, "blocks leak");
     for (index, client) in clients.iter().enumerate() {
         let id = SequenceId(index as u64);
@@ -557,22 +579,105 @@ proptest! {
         // The longest sequence needs 7 blocks.
         blocks in prop_oneof![7..12_usize, 7..60_usize],
         prefix_caching: bool,
+        speculation in prop::option::of(Just(LOOKUP)),
         clients in prop::collection::vec(client(), 0..24),
     ) {
         let limits = Limits { max_num_seqs, max_num_batched_tokens };
-        simulate(limits, Features { prefix_caching }, blocks, &clients);
+        simulate(limits, Features { prefix_caching, speculation }, blocks, &clients);
     }
 }
 
 #[test]
-fn the_simulation_preempts_and_shares() {
+fn the_simulation_preempts_shares_and_speculates() {
     // Otherwise the property above would not say what it seems to.
     let client =
         Client { prompt: 2 * B, family: 0, priority: 0, max_tokens: 3 * B, gap: 1, leaves_after: None };
     let limits = Limits { max_num_seqs: 8, max_num_batched_tokens: 64 };
-    for prefix_caching in [false, true] {
-        let simulated = simulate(limits, Features { prefix_caching }, 11, &vec![client.clone(); 12]);
+    for (prefix_caching, speculation) in
+        [(false, None), (true, None), (false, Some(LOOKUP)), (true, Some(LOOKUP))]
+    {
+        let features = Features { prefix_caching, speculation };
+        let simulated = simulate(limits, features, 11, &vec![client.clone(); 12]);
         assert!(simulated.preemptions > 0, "{simulated:?}");
         assert_eq!(simulated.prefix_hits > 0, prefix_caching, "{simulated:?}");
+        let Speculated { tokens, accepted, .. } = simulated.speculated;
+        assert_eq!(
+            (accepted > 0, tokens > accepted),
+            (speculation.is_some(), speculation.is_some()),
+            "{simulated:?}"
+        );
     }
+}
+
+#[test]
+fn drafts_are_accepted_as_far_as_they_are_right() {
+    // (drawn in one step, tokens that the sequence gets) after a draft of 4, 5, 6.
+    let cases: [(&[u32], &[u32]); 6] = [
+        (&[4, 5, 6, 7], &[4, 5, 6, 7]),
+        (&[4, 5, 9, 7], &[4, 5, 9]),
+        (&[4, 9, 6, 7], &[4, 9]),
+        (&[9, 5, 6, 7], &[9]),
+        (&[4, EOS, 6, 7], &[4, EOS]),
+        (&[EOS, 5, 6, 7], &[EOS]),
+    ];
+    for (drawn, expected) in cases {
+        let limits = Limits { max_num_seqs: 1, max_num_batched_tokens: 100 };
+        let features = Features { speculation: Some(LOOKUP), ..CACHING };
+        let mut scheduler = Scheduler::new(limits, features, 10);
+        scheduler.add(sequence_of(0, vec![2, 3, 4, 5, 6, 7, 2], 9, Scheduling::default()));
+        let (mut batch, mut updates) = (Batch::default(), Vec::new());
+        scheduler.schedule(&mut batch);
+        scheduler.commit(&batch, &[3], &mut updates);
+        updates.clear();
+        scheduler.schedule(&mut batch);
+        assert_eq!(batch.items, [BatchItem { index: 0, tokens: 4, drafts: 3, samples: true }]);
+        assert_eq!(scheduler.running()[0].next_tokens(4), [3, 4, 5, 6]);
+        scheduler.commit(&batch, drawn, &mut updates);
+        let got: Vec<u32> = updates.iter().filter_map(|update| update.token).map(|token| token.id).collect();
+        assert_eq!(got, expected, "{drawn:?}");
+        let ended = updates.last().and_then(|update| update.finished).map(|(reason, _)| reason);
+        assert_eq!(ended, expected.contains(&EOS).then_some(FinishReason::Eos));
+        if let Some(sequence) = scheduler.running().first() {
+            assert_eq!(sequence.remaining(), 1, "all but the last are in the cache: {drawn:?}");
+            assert_eq!(sequence.tokens()[8..], *expected);
+        }
+        let accepted = expected.iter().zip([4, 5, 6]).take_while(|(a, b)| **a == *b).count();
+        let expected = Speculated { drafts: 1, tokens: 3, accepted: accepted as u64 };
+        assert_eq!(scheduler.speculated(), expected, "{drawn:?}");
+    }
+}
+
+#[test]
+fn drafts_fit_what_is_left() {
+    let drafted = |tokens, blocks, max_tokens, sampling: Sampling| {
+        let limits = Limits { max_num_seqs: 4, max_num_batched_tokens: tokens };
+        let features = Features { speculation: Some(LOOKUP), ..Features::default() };
+        let mut scheduler = Scheduler::new(limits, features, blocks);
+        let request = GenerateRequest {
+            id: String::new(),
+            prompt: vec![5; B - 2],
+            sampling,
+            stop: StopConditions { max_tokens, ..StopConditions::default() },
+            scheduling: Scheduling::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+        };
+        scheduler.add(Sequence::new(SequenceId(0), request, 100));
+        let mut batch = Batch::default();
+        while scheduler.sequences().any(|sequence| sequence.generated() == 0) {
+            scheduler.schedule(&mut batch);
+            let sampled = vec![5; batch.items.iter().map(BatchItem::draws).sum()];
+            scheduler.commit(&batch, &sampled, &mut Vec::new());
+        }
+        scheduler.schedule(&mut batch);
+        batch.items[0].drafts
+    };
+    let plain = Sampling::default;
+    assert_eq!(drafted(100, 10, 20, plain()), 3);
+    assert_eq!(drafted(3, 10, 20, plain()), 2, "the step's budget");
+    assert_eq!(drafted(100, 1, 3, plain()), 1, "the last token but one, and the cache's only block");
+    assert_eq!(drafted(100, 2, 20, plain()), 1, "the other block is kept for those who run");
+    assert_eq!(drafted(100, 10, 2, plain()), 0, "one token is left");
+    let penalized = Sampling { presence_penalty: 0.5, ..plain() };
+    assert_eq!(drafted(100, 10, 20, penalized), 0, "what is drawn depends on what was drawn before");
 }
