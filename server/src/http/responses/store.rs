@@ -118,7 +118,8 @@ mod tests {
         assert!(store.get("9999").is_some() && store.get("3").is_none());
         assert!(store.lock().bytes <= MAX_BYTES);
         store.put(stored(10_000, MAX_BYTES + 1));
-        assert_eq!((store.lock().responses.len(), store.lock().bytes), (0, 0));
+        assert_eq!(store.lock().responses.len(), 0);
+        assert_eq!(store.lock().bytes, 0);
         store.finish(stored(1, 1));
         assert!(store.get("1").is_none() && store.remove("1").is_none(), "nobody waits for it");
     }
