@@ -53,7 +53,9 @@ def wait_for(url, process, seconds=30):
 def send_requests(server, until):
     """Streams of several tokens, so that every histogram has values."""
     while time.monotonic() < until:
-        body = {"prompt": "/// Returns the number of", "max_tokens": 24, "stream": True, "ignore_eos": True}
+        # More than a block of tokens, for the prefix cache, and repeated, for what drafts tokens.
+        prompt = "/// Returns the number of elements.\n" * 8
+        body = {"prompt": prompt, "max_tokens": 24, "stream": True, "ignore_eos": True}
         request = urllib.request.Request(
             f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -93,7 +95,14 @@ def main():
         convert = [args.programs / "mxconvert", args.model, "--format", "w4a6", "-o", model]
         subprocess.run(convert, check=True, capture_output=True)
         processes = [
-            subprocess.Popen([args.programs / "mxserve", model, "--port", str(port), "--log-level", "error"]),
+            subprocess.Popen(
+                [
+                    args.programs / "mxserve",
+                    model,
+                    *("--port", str(port), "--log-level", "error"),
+                    *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'),
+                ]
+            ),
             subprocess.Popen(
                 [
                     "prometheus",
