@@ -2,6 +2,7 @@
 
 mod calibration;
 mod eval;
+mod study;
 
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -12,6 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use converter::calibrate::Calibration;
 use converter::eval::EvalOptions;
 use converter::plan::Recipe;
+use converter::study::StudyOptions;
 use converter::{Options, default_output};
 use kernels::mx::{ElementRounding, ScaleRounding, Scheme};
 use models::checkpoint::ModulePattern;
@@ -46,6 +48,8 @@ enum Command {
     },
     /// Measures checkpoints side by side: perplexity of texts, distance from the unquantized one, tasks.
     Eval(eval::EvalArgs),
+    /// Measures what every choice of an MX format costs this model; writes an HTML report and JSON.
+    Study(study::StudyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -124,9 +128,13 @@ struct ConvertArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// Write the report, with every tensor, as JSON.
+    /// Write the report, with every tensor, as JSON; as a page where the name ends in .html. May be repeated.
     #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
+    report: Vec<PathBuf>,
+
+    /// Measure source and output on this text afterwards: perplexity, and the distance between them.
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    evaluate: Option<PathBuf>,
 
     /// Replace an existing checkpoint.
     #[arg(long)]
@@ -149,7 +157,9 @@ pub(crate) enum Invocation {
         /// What and how.
         options: Box<Options>,
         /// Where to write the report.
-        report: Option<PathBuf>,
+        reports: Vec<PathBuf>,
+        /// A text to measure the source and the output on.
+        evaluate: Option<PathBuf>,
     },
     /// Say what a checkpoint holds.
     Inspect {
@@ -157,6 +167,13 @@ pub(crate) enum Invocation {
         dir: PathBuf,
         /// As JSON.
         json: bool,
+    },
+    /// Study the design space on a model.
+    Study {
+        /// What and how.
+        options: StudyOptions,
+        /// The HTML report; JSON lies beside it.
+        output: PathBuf,
     },
     /// Measure checkpoints.
     Eval {
@@ -191,6 +208,7 @@ impl Cli {
         match self.command {
             Some(Command::Inspect { dir, json }) => return Invocation::Inspect { dir, json },
             Some(Command::Eval(args)) => return args.into_invocation(),
+            Some(Command::Study(args)) => return args.into_invocation(),
             None => {}
         }
         let args = self.convert.expect("clap requires MODEL and --format without a subcommand");
@@ -229,7 +247,7 @@ impl Cli {
         if let Some(threads) = args.threads {
             options.threads = threads;
         }
-        Invocation::Convert { options: Box::new(options), report: args.report }
+        Invocation::Convert { options: Box::new(options), reports: args.report, evaluate: args.evaluate }
     }
 }
 

@@ -24,6 +24,7 @@ mod report;
 mod sink;
 mod source;
 mod staging;
+pub mod study;
 
 pub use convert::{Options, convert, default_output};
 pub use error::ConvertError;

@@ -1,5 +1,9 @@
 //! What a conversion did to each tensor, as a table and as JSON.
 
+pub(crate) mod chart;
+mod html;
+pub(crate) mod page;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -9,6 +13,7 @@ use serde::Serialize;
 
 use crate::calibrate::CalibrationReport;
 use crate::convert::Options;
+use crate::eval::Evaluation;
 use crate::output::Output;
 use crate::plan::{Action, Plan};
 use crate::source::Source;
@@ -37,6 +42,8 @@ pub struct Report {
     pub total: Totals,
     /// What calibration came to, if there was one.
     pub calibration: Option<CalibrationReport>,
+    /// Source and output side by side on a text, if that was asked for.
+    pub evaluation: Option<Evaluation>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// Every tensor, in the source's order.
@@ -119,6 +126,7 @@ impl Report {
             formats: Vec::new(),
             total: Totals::default(),
             calibration: None,
+            evaluation: None,
             warnings: plan.warnings.clone(),
             tensors,
         };
@@ -213,7 +221,8 @@ impl fmt::Display for Report {
         if self.dry_run {
             write!(f, "{} (layout {}): dry run, nothing written", self.output, self.layout)
         } else {
-            write!(f, "{} (layout {}) in {:.1} s", self.output, self.layout, self.seconds)
+            write!(f, "{} (layout {}) in {:.1} s", self.output, self.layout, self.seconds)?;
+            self.evaluation.as_ref().map_or(Ok(()), |evaluation| write!(f, "\n\n{evaluation}"))
         }
     }
 }

@@ -5,7 +5,7 @@ use kernels::{Backend, Buffer, Weight};
 use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, parameter};
 use crate::parameters::ParameterSource;
 use crate::staged::Stage;
-use crate::{KvCache, LinearInfo, Model, ModelConfig, ModelError, StepInputs, Workspace};
+use crate::{KvCache, LinearInfo, Model, ModelConfig, ModelError, Observer, StepInputs, Workspace};
 
 /// Where a checkpoint keeps the modules of a decoder. Names of a layer's modules follow `{layers}.{index}.`.
 #[derive(Debug)]
@@ -152,7 +152,14 @@ impl Model for Decoder {
         &self.config
     }
 
-    fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace) {
+    fn forward_observed(
+        &self,
+        backend: &dyn Backend,
+        step: &StepInputs,
+        kv: &mut KvCache,
+        ws: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) {
         let rows = step.rows();
         backend.embed(&self.embed, &step.tokens, rows, &mut ws.residual);
         backend.rope_table(&step.positions, &self.inv_freq, self.config.rope.factor, rows, &mut ws.rope);
@@ -162,7 +169,9 @@ impl Model for Decoder {
             } else {
                 layer.input_norm.add_forward(backend, rows, ws);
             }
-            layer.forward(backend, step, cache, ws);
+            layer.forward(backend, step, cache, ws, &mut |linear, x| {
+                observer.linear_input(index, &mut linear.module_names(), x, linear.cols());
+            });
         }
         self.norm.add_forward(backend, rows, ws);
     }

@@ -109,6 +109,16 @@ impl Linear {
     pub(crate) fn parameters(&self) -> usize {
         self.parameters
     }
+
+    /// Width K of the input.
+    pub(crate) fn cols(&self) -> usize {
+        self.parts[0].weight.shape()[1]
+    }
+
+    /// Last parts of the modules' names.
+    pub(crate) fn module_names(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().flat_map(|part| part.group.split('+'))
+    }
 }
 
 /// Host tensors that will be one weight.
@@ -278,17 +288,23 @@ pub(crate) struct DecoderLayer {
 
 impl DecoderLayer {
     /// From `ws.normed`, the result of `input_norm`, to `ws.delta`. Adding it to the residual stream is left to the
-    /// norm that comes next, so that both are one pass.
+    /// norm that comes next, so that both are one pass. `observe` sees each group of linear modules with its input,
+    /// `[rows, K]`.
     pub(crate) fn forward(
         &self,
         backend: &dyn Backend,
         step: &StepInputs,
         cache: &mut PagedKv,
         ws: &mut Workspace,
+        observe: &mut dyn FnMut(&Linear, &Buffer),
     ) {
+        observe(&self.attention.qkv, &ws.normed);
         self.attention.forward(backend, step, cache, ws);
+        observe(&self.attention.output, &ws.attention);
         self.post_attention_norm.add_forward(backend, step.rows(), ws);
+        observe(&self.mlp.gate_up, &ws.normed);
         self.mlp.forward(backend, step.rows(), ws);
+        observe(&self.mlp.down, &ws.activated);
     }
 
     /// Its linear layers, in the order of execution.

@@ -31,7 +31,7 @@ pub use config::{Biases, ModelConfig};
 pub use error::{ConfigError, ModelError};
 pub use generation_config::GenerationConfig;
 pub use kv_cache::KvCache;
-pub use model::{LinearInfo, Model};
+pub use model::{LinearInfo, Model, Observer};
 pub use registry::load;
 pub use rope::Rope;
 pub use step::{StepInputs, StepSequence};

@@ -1,7 +1,7 @@
 //! What every model offers.
 
-use kernels::Backend;
 use kernels::mx::Scheme;
+use kernels::{Backend, Buffer};
 
 use crate::{KvCache, ModelConfig, StepInputs, Workspace};
 
@@ -13,7 +13,19 @@ pub trait Model {
 
     /// Runs one step over all rows of `step`, writing their keys and values to `kv`, and leaves the final-normed
     /// hidden states of all rows in `ws`.
-    fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace);
+    fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace) {
+        self.forward_observed(backend, step, kv, ws, &mut ());
+    }
+
+    /// As [`forward`](Self::forward), with somebody who looks at the inputs of the linear layers.
+    fn forward_observed(
+        &self,
+        backend: &dyn Backend,
+        step: &StepInputs,
+        kv: &mut KvCache,
+        ws: &mut Workspace,
+        observer: &mut dyn Observer,
+    );
 
     /// Writes the logits of these `rows` of the last step to `ws.logits()`, `[rows.len(), vocab_size]`.
     ///
@@ -26,6 +38,24 @@ pub trait Model {
 
     /// Parameters of the whole model; a tied output head counts once.
     fn parameters(&self) -> usize;
+}
+
+/// Looks at the inputs of linear layers while a step runs.
+pub trait Observer {
+    /// Before or after the linear modules of decoder layer `layer` whose last name parts are `modules` (`q_proj`,
+    /// `k_proj`, `v_proj`) have read `input`, `[rows of the step or more, cols]`.
+    fn linear_input(
+        &mut self,
+        layer: usize,
+        modules: &mut dyn Iterator<Item = &str>,
+        input: &Buffer,
+        cols: usize,
+    );
+}
+
+/// Looks at nothing.
+impl Observer for () {
+    fn linear_input(&mut self, _: usize, _: &mut dyn Iterator<Item = &str>, _: &Buffer, _: usize) {}
 }
 
 /// Linear layers of one group that share a scheme.

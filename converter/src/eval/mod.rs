@@ -10,7 +10,7 @@ mod perplexity;
 mod result;
 mod runner;
 mod scores;
-mod table;
+pub(crate) mod table;
 mod task;
 mod text;
 

@@ -87,13 +87,16 @@ fn checkpoints_caches_and_activations_side_by_side() {
 fn tasks_are_answered_by_likelihood() {
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("continuations.jsonl");
-    // Continuations of the text against the same tokens elsewhere: a model of such text knows better than chance.
+    // The text's own continuations against the same words in other orders: a language model knows.
     let text = std::fs::read_to_string(heldout()).unwrap();
     let words: Vec<_> = text.split_whitespace().collect();
     let lines: String = (0..24)
         .map(|i| {
             let part = |start: usize, length: usize| words[start..start + length].join(" ");
-            let endings = [part(900 * i + 500, 25), part(900 * i + 40, 25), part(900 * i + 700, 25)];
+            let mut reversed = words[900 * i + 40..][..8].to_vec();
+            reversed.reverse();
+            let swapped = format!("{} {}", part(900 * i + 44, 4), part(900 * i + 40, 4));
+            let endings = [reversed.join(" "), part(900 * i + 40, 8), swapped];
             let line = json!({"ctx": part(900 * i, 40), "endings": endings, "label": 1});
             format!("{line}\n")
         })

@@ -10,3 +10,4 @@ mod gguf;
 mod inputs;
 mod perplexity;
 mod round_trip;
+mod study;
