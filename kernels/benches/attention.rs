@@ -23,17 +23,17 @@ const LAYERS: usize = 30;
 /// Bytes of all layers that a measurement takes at most.
 const MAX_BYTES: usize = 1 << 30;
 
-/// Seconds of one call, the least of several batches.
+/// Seconds of one call, the least of many short batches.
 fn seconds(mut body: impl FnMut()) -> f64 {
     let start = Instant::now();
     body();
-    let count = (0.05 / start.elapsed().as_secs_f64()).ceil().max(1.0) as usize;
+    let count = (0.005 / start.elapsed().as_secs_f64()).ceil().max(1.0) as usize;
     let batch = |body: &mut dyn FnMut()| {
         let start = Instant::now();
         (0..count).for_each(|_| body());
         start.elapsed().as_secs_f64() / count as f64
     };
-    (0..5).map(|_| batch(&mut body)).fold(f64::INFINITY, f64::min)
+    (0..50).map(|_| batch(&mut body)).fold(f64::INFINITY, f64::min)
 }
 
 /// Bytes per second that `threads` threads read from memory, each its own.

@@ -9,14 +9,14 @@
 //! bf16     [dim / 2][16 tokens][2 elements]         [8 pairs of tokens][dim][2 tokens]
 //! MX 8 bit [dim][16 tokens]                         [16 tokens][dim]
 //! MX 4 bit [dim / 2][16 tokens], low nibble first   [16 tokens][dim / 32][16], elements i and 16 + i of a block
-//! scales   [dim / 32][16 tokens]                    [16 tokens][dim / 32]
+//! scales   [dim / 32][16 tokens]                    [dim / 32][16 tokens]
 //! ```
 //!
 //! `dim` of values is rounded up to whole vectors; scales follow the codes.
 
-use super::super::simd::pairs::{CacheLanes, round_to_bf16};
-use super::super::simd::{HalfFields, LANES};
 use crate::backend::Heads;
+use crate::cpu::simd::pairs::{CacheLanes, round_to_bf16};
+use crate::cpu::simd::{HalfFields, LANES};
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{E8m0, quantize_block};
 
@@ -152,7 +152,7 @@ impl KvLayout {
         // SAFETY: the caller's conditions; offsets are those of the layout.
         unsafe {
             *k.add(self.element_bytes(LANES * dim) + b * LANES + lane) = key_scale;
-            *v.add(self.element_bytes(LANES * dim) + lane * (dim / BLOCK) + b) = value_scale;
+            *v.add(self.element_bytes(LANES * dim) + b * LANES + lane) = value_scale;
             if packed {
                 for (i, pair) in key.as_chunks::<2>().0.iter().enumerate() {
                     *k.add((b * BLOCK / 2 + i) * LANES + lane) = pair[0] | pair[1] << 4;
@@ -180,56 +180,77 @@ impl KvLayout {
         (codes, scale)
     }
 
-    /// Bfloat16 pairs `[dim / 2][16 tokens][2]` of the MX keys at `k`.
+    /// Bfloat16 pairs `[dim / 2][16 tokens][2]` of the MX keys at `k`; fetches as many bytes from `ahead`.
     ///
     /// # Safety
     /// As [`CacheLanes`]; `k` points to a head's keys in this layout, `out` to space for `dim * 16` elements.
     #[inline(always)]
-    pub(super) unsafe fn decode_keys<L: CacheLanes>(self, k: *const u8, out: *mut u16) {
+    pub(super) unsafe fn decode_keys<L: CacheLanes>(self, k: *const u8, ahead: *const u8, out: *mut u16) {
+        // SAFETY: the caller's conditions.
+        unsafe {
+            match self.dtype {
+                KvCacheDtype::Mxfp4 => self.keys_of::<L, Fp4>(k, ahead, out),
+                KvCacheDtype::Mxint8 => self.keys_of::<L, Int8>(k, ahead, out),
+                _ => self.keys_of::<L, Fp8>(k, ahead, out),
+            }
+        }
+    }
+
+    /// Bfloat16 pairs `[8 pairs of tokens][dim][2]` of the MX values at `v`; fetches as many bytes from `ahead`.
+    ///
+    /// # Safety
+    /// As [`decode_keys`](Self::decode_keys).
+    #[inline(always)]
+    pub(super) unsafe fn decode_values<L: CacheLanes>(self, v: *const u8, ahead: *const u8, out: *mut u16) {
+        // SAFETY: the caller's conditions.
+        unsafe {
+            match self.dtype {
+                KvCacheDtype::Mxfp4 => self.values_of::<L, Fp4>(v, ahead, out),
+                KvCacheDtype::Mxint8 => self.values_of::<L, Int8>(v, ahead, out),
+                _ => self.values_of::<L, Fp8>(v, ahead, out),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keys_of<L: CacheLanes, C: Codec>(self, k: *const u8, ahead: *const u8, out: *mut u16) {
         let dim = self.heads.dim;
-        let codec = Codec::new(self.dtype);
         // SAFETY: the caller's conditions; offsets are those of the layout.
         unsafe {
-            let scales = k.add(self.element_bytes(LANES * dim));
+            let scales = k.add(C::bytes(LANES * dim));
             for b in 0..dim / BLOCK {
-                let scale = L::from_e8m0(scales.add(b * LANES)).mul(L::splat(codec.unit));
+                let scale = L::from_e8m0(scales.add(b * LANES)).mul(L::splat(C::UNIT));
                 for d in (b * BLOCK..(b + 1) * BLOCK).step_by(2) {
-                    let (first, second) = match self.dtype {
-                        KvCacheDtype::Mxfp4 => L::from_nibble_bytes(k.add(d / 2 * LANES), &codec.table),
-                        _ => (
-                            codec.byte_elements::<L>(k.add(d * LANES)),
-                            codec.byte_elements::<L>(k.add((d + 1) * LANES)),
-                        ),
-                    };
+                    let at = C::bytes(d * LANES);
+                    if at % 64 == 0 {
+                        L::prefetch::<false>(ahead.wrapping_add(at));
+                    }
+                    let (first, second) = C::two_rows::<L>(k.add(at));
                     L::store_pairs(first.mul(scale), second.mul(scale), out.add(d * LANES));
                 }
             }
         }
     }
 
-    /// Bfloat16 pairs `[8 pairs of tokens][dim][2]` of the MX values at `v`.
-    ///
-    /// # Safety
-    /// As [`decode_keys`](Self::decode_keys).
     #[inline(always)]
-    pub(super) unsafe fn decode_values<L: CacheLanes>(self, v: *const u8, out: *mut u16) {
+    unsafe fn values_of<L: CacheLanes, C: Codec>(self, v: *const u8, ahead: *const u8, out: *mut u16) {
         let dim = self.heads.dim;
-        let codec = Codec::new(self.dtype);
         // SAFETY: the caller's conditions; offsets are those of the layout.
         unsafe {
-            let scales = v.add(self.element_bytes(LANES * dim));
-            for t in (0..LANES).step_by(2) {
-                for b in 0..dim / BLOCK {
-                    let scale = |t: usize| E8m0(*scales.add(t * (dim / BLOCK) + b)).to_f32() * codec.unit;
-                    let (first_scale, second_scale) = (L::splat(scale(t)), L::splat(scale(t + 1)));
-                    let ([first_low, first_high], [second_low, second_high]) = (
-                        codec.value_block::<L>(self.dtype, v, t * dim + b * BLOCK),
-                        codec.value_block::<L>(self.dtype, v, (t + 1) * dim + b * BLOCK),
-                    );
+            let scales = v.add(C::bytes(LANES * dim));
+            for line in (0..C::bytes(LANES * dim)).step_by(64) {
+                L::prefetch::<false>(ahead.wrapping_add(line));
+            }
+            for b in 0..dim / BLOCK {
+                let scale = L::from_e8m0(scales.add(b * LANES)).mul(L::splat(C::UNIT)).to_array();
+                for t in (0..LANES).step_by(2) {
+                    let (first_scale, second_scale) = (L::splat(scale[t]), L::splat(scale[t + 1]));
+                    let first = C::block::<L>(v.add(C::bytes(t * dim + b * BLOCK)));
+                    let second = C::block::<L>(v.add(C::bytes((t + 1) * dim + b * BLOCK)));
                     let out = out.add(t * dim + b * BLOCK * 2);
-                    L::store_pairs(first_low.mul(first_scale), second_low.mul(second_scale), out);
+                    L::store_pairs(first.0.mul(first_scale), second.0.mul(second_scale), out);
                     let out = out.add(2 * LANES);
-                    L::store_pairs(first_high.mul(first_scale), second_high.mul(second_scale), out);
+                    L::store_pairs(first.1.mul(first_scale), second.1.mul(second_scale), out);
                 }
             }
         }
@@ -237,40 +258,74 @@ impl KvLayout {
 }
 
 /// How the codes of an MX cache become numbers.
-struct Codec {
-    integer: bool,
-    /// What scales are multiplied with: INT8 codes count in units of 2^-6.
-    unit: f32,
-    /// Values of 4-bit codes.
-    table: [f32; 16],
+///
+/// # Safety
+/// As [`CacheLanes`].
+trait Codec {
+    /// Bits of a code.
+    const BITS: usize;
+    /// What scales are multiplied with.
+    const UNIT: f32;
+
+    /// Bytes of `elements` codes.
+    #[inline(always)]
+    fn bytes(elements: usize) -> usize {
+        elements * Self::BITS / 8
+    }
+
+    /// Two rows of 16 elements of keys.
+    unsafe fn two_rows<L: CacheLanes>(p: *const u8) -> (L, L);
+
+    /// The 32 elements of a block of a value.
+    #[inline(always)]
+    unsafe fn block<L: CacheLanes>(p: *const u8) -> (L, L) {
+        // SAFETY: the caller's conditions; the elements of 8-bit codes follow each other in both.
+        unsafe { Self::two_rows(p) }
+    }
 }
 
-impl Codec {
-    #[inline(always)]
-    fn new(dtype: KvCacheDtype) -> Self {
-        const E2M1: [f32; 16] =
-            [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-        let integer = dtype == KvCacheDtype::Mxint8;
-        Self { integer, unit: if integer { 1.0 / 64.0 } else { 1.0 }, table: E2M1 }
-    }
+struct Fp8;
 
-    /// 16 elements of 8 bits.
-    #[inline(always)]
-    unsafe fn byte_elements<L: CacheLanes>(&self, p: *const u8) -> L {
-        // SAFETY: the caller's conditions.
-        unsafe { if self.integer { L::from_bytes(p.cast()) } else { L::from_fp8(p, E4M3) } }
-    }
+impl Codec for Fp8 {
+    const BITS: usize = 8;
+    const UNIT: f32 = 1.0;
 
-    /// The 32 elements from `element` on.
     #[inline(always)]
-    unsafe fn value_block<L: CacheLanes>(&self, dtype: KvCacheDtype, v: *const u8, element: usize) -> [L; 2] {
+    unsafe fn two_rows<L: CacheLanes>(p: *const u8) -> (L, L) {
         // SAFETY: the caller's conditions.
-        unsafe {
-            if dtype == KvCacheDtype::Mxfp4 {
-                return L::from_nibble_bytes(v.add(element / 2), &self.table).into();
-            }
-            [self.byte_elements(v.add(element)), self.byte_elements(v.add(element + LANES))]
-        }
+        unsafe { (L::from_fp8(p, E4M3), L::from_fp8(p.add(LANES), E4M3)) }
+    }
+}
+
+struct Int8;
+
+impl Codec for Int8 {
+    const BITS: usize = 8;
+    /// Codes count in units of 2^-6.
+    const UNIT: f32 = 1.0 / 64.0;
+
+    #[inline(always)]
+    unsafe fn two_rows<L: CacheLanes>(p: *const u8) -> (L, L) {
+        // SAFETY: the caller's conditions.
+        unsafe { (L::from_bytes(p.cast()), L::from_bytes(p.add(LANES).cast())) }
+    }
+}
+
+struct Fp4;
+
+impl Fp4 {
+    const VALUES: [f32; 16] =
+        [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+}
+
+impl Codec for Fp4 {
+    const BITS: usize = 4;
+    const UNIT: f32 = 1.0;
+
+    #[inline(always)]
+    unsafe fn two_rows<L: CacheLanes>(p: *const u8) -> (L, L) {
+        // SAFETY: the caller's conditions.
+        unsafe { L::from_nibble_bytes(p, &Self::VALUES) }
     }
 }
 
@@ -282,6 +337,6 @@ mod tests {
     #[test]
     fn the_table_is_e2m1() {
         let values: [f32; 16] = std::array::from_fn(|code| ElementType::E2m1.decode(code as u8));
-        assert_eq!(Codec::new(KvCacheDtype::Mxfp4).table.map(f32::to_bits), values.map(f32::to_bits));
+        assert_eq!(Fp4::VALUES.map(f32::to_bits), values.map(f32::to_bits));
     }
 }

@@ -7,6 +7,10 @@ use super::{LANES, Lanes};
 /// # Safety
 /// As [`Lanes`].
 pub(crate) trait CacheLanes: Lanes {
+    /// Asks for the cache line at `p`, which may point anywhere, into the second (`FAR`) or the first cache.
+    #[inline(always)]
+    unsafe fn prefetch<const FAR: bool>(_: *const u8) {}
+
     /// The lanes that are not below `bound`, the others 0. NaN stays.
     #[inline(always)]
     unsafe fn zero_below(self, bound: f32) -> Self {
@@ -249,9 +253,29 @@ mod x86 {
     use super::super::x86::{Avx2, Avx512};
     use super::{CacheLanes, Products};
 
-    impl CacheLanes for Avx2 {}
+    #[inline(always)]
+    unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        unsafe {
+            if FAR {
+                _mm_prefetch::<_MM_HINT_T1>(p.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T0>(p.cast());
+            }
+        }
+    }
+
+    impl CacheLanes for Avx2 {
+        #[inline(always)]
+        unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+            unsafe { prefetch::<FAR>(p) }
+        }
+    }
 
     impl CacheLanes for Avx512 {
+        #[inline(always)]
+        unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+            unsafe { prefetch::<FAR>(p) }
+        }
         #[inline(always)]
         unsafe fn zero_below(self, bound: f32) -> Self {
             unsafe {
