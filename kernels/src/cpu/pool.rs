@@ -2,8 +2,13 @@
 //!
 //! A decode step has five regions per layer; a general work-stealing pool costs more there than the work. Workers
 //! spin for a short while between regions, then park, so that an idle server uses no processor time.
+//!
+//! Every thread has an equal share of a region's tasks, in order, and helps the others when it has done its own. So the
+//! thread that packed a part of a weight, and whose memory node its pages came from by being the first to touch them,
+//! is in general the one that multiplies it.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -22,11 +27,22 @@ struct Region {
     tasks: usize,
 }
 
+/// The next task of a thread's share; on cache lines of its own, since every thread has one at hand.
+#[repr(align(128))]
+#[derive(Default)]
+struct NextTask(AtomicUsize);
+
+/// The tasks that are thread `thread`'s share of `tasks`.
+fn share(thread: usize, threads: usize, tasks: usize) -> Range<usize> {
+    thread * tasks / threads..(thread + 1) * tasks / threads
+}
+
 struct Shared {
     /// Number of regions started; a worker that sees it change takes part in the new one.
     epoch: AtomicU32,
     region: UnsafeCell<Region>,
-    next_task: AtomicUsize,
+    /// One per thread.
+    next_tasks: Vec<NextTask>,
     /// Workers that have not finished the current region.
     busy: AtomicUsize,
     stop: AtomicBool,
@@ -41,13 +57,25 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
+    /// Does what is left of all shares, `thread`'s own first.
     fn work(&self, body: &Body<'_>, tasks: usize, thread: usize) {
-        loop {
-            let task = self.next_task.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+        let threads = self.next_tasks.len();
+        for owner in (thread..threads).chain(0..thread) {
+            let (next, end) = (&self.next_tasks[owner].0, share(owner, threads, tasks).end);
+            // Looked at before it is changed, so that a share that is done stays in the caches of all.
+            while next.load(Ordering::Relaxed) < end {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task < end {
+                    body(task, thread);
+                }
             }
-            body(task, thread);
+        }
+    }
+
+    /// Leaves no task to be started.
+    fn cancel(&self, tasks: usize) {
+        for next in &self.next_tasks {
+            next.0.store(tasks, Ordering::Relaxed);
         }
     }
 
@@ -79,7 +107,7 @@ impl Shared {
                 (&*region.body, region.tasks)
             };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(body, tasks, thread))) {
-                self.next_task.store(tasks, Ordering::Relaxed);
+                self.cancel(tasks);
                 *self.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(panic);
             }
             self.busy.fetch_sub(1, Ordering::Release);
@@ -101,7 +129,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             epoch: AtomicU32::new(0),
             region: UnsafeCell::new(Region { body: &|_, _| (), tasks: 0 }),
-            next_task: AtomicUsize::new(0),
+            next_tasks: (0..=workers).map(|_| NextTask::default()).collect(),
             busy: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
@@ -134,7 +162,7 @@ impl Pool {
     }
 
     /// Calls `body(task, thread)` for every task in `0..tasks`, on all threads, and returns when all are done. Which
-    /// thread runs a task is not determined. Not reentrant: `&mut` keeps regions apart.
+    /// thread runs a task is not determined, though in general it is the one in whose share it is. Not reentrant: `&mut` keeps regions apart.
     pub(crate) fn run(&mut self, tasks: usize, body: &Body<'_>) {
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| body(task, 0));
@@ -146,12 +174,15 @@ impl Pool {
             let body: *const Body<'static> = std::mem::transmute::<*const Body<'_>, _>(body);
             *self.shared.region.get() = Region { body, tasks };
         }
-        self.shared.next_task.store(0, Ordering::Relaxed);
+        let threads = self.shared.next_tasks.len();
+        for (thread, next) in self.shared.next_tasks.iter().enumerate() {
+            next.0.store(share(thread, threads, tasks).start, Ordering::Relaxed);
+        }
         self.shared.busy.store(self.workers.len(), Ordering::Relaxed);
         self.start_epoch();
         let own = catch_unwind(AssertUnwindSafe(|| self.shared.work(body, tasks, 0)));
         if own.is_err() {
-            self.shared.next_task.store(tasks, Ordering::Relaxed);
+            self.shared.cancel(tasks);
         }
         let mut spins = 0_u32;
         while self.shared.busy.load(Ordering::Acquire) > 0 {
@@ -223,6 +254,32 @@ mod tests {
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{threads} threads, {tasks}");
             }
         }
+    }
+
+    #[test]
+    fn threads_do_their_own_share_first_and_then_help() {
+        for (threads, tasks) in [(1, 7), (2, 2), (3, 10), (4, 2), (5, 1001)] {
+            let shares: Vec<_> = (0..threads).flat_map(|thread| share(thread, threads, tasks)).collect();
+            assert!(shares.into_iter().eq(0..tasks), "{threads} threads share {tasks} tasks");
+        }
+        let mut pool = Pool::new(2);
+        let barrier = std::sync::Barrier::new(2);
+        let threads: Vec<_> = (0..8).map(|_| AtomicUsize::new(usize::MAX)).collect();
+        pool.run(8, &|task, thread| {
+            // Both threads are here with the first task of their shares, and thread 1 waits until the rest is done.
+            if matches!(task, 0 | 4) {
+                barrier.wait();
+            }
+            threads[task].store(thread, Ordering::Relaxed);
+            if task == 4 {
+                let rest = || threads.iter().filter(|t| t.load(Ordering::Relaxed) == usize::MAX).count();
+                while rest() > 0 {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        let threads: Vec<_> = threads.into_iter().map(AtomicUsize::into_inner).collect();
+        assert_eq!(threads, [0, 0, 0, 0, 1, 0, 0, 0]);
     }
 
     #[test]
