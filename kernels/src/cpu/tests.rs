@@ -158,13 +158,21 @@ fn linear_equals_its_definition_for_every_format_and_number_of_rows() {
 fn many_rows_are_cut_as_defined() {
     // More tokens than a task takes at least, and than stay in a cache beside the weights.
     let (shape, rows) = ([20, 2112], 190);
-    for (element, activation) in
-        [(ElementType::E2m1, None), (ElementType::Int8, Some(ElementType::Int8)), (ElementType::E4m3, None)]
-    {
-        let weight = TestWeight::random(MxFormat::new(element), shape, 7);
-        let (elements, scales) = weight.parts();
+    let formats =
+        [(ElementType::E2m1, None), (ElementType::Int8, Some(ElementType::Int8)), (ElementType::E4m3, None)];
+    // Scales and activations that leave room for the sums in an F32's exponent, and some that do not.
+    for ((element, activation), extreme) in formats.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let mut weight = TestWeight::random(MxFormat::new(element), shape, 7);
         let cast = activation.map(|element| Cast::from(MxFormat::new(element)));
-        let x = Random(11).vec(rows * shape[1]);
+        let mut x = Random(11).vec(rows * shape[1]);
+        x[..32].fill(0.0);
+        if extreme {
+            weight.scales[5] = 3;
+            weight.scales[70] = 250;
+            x[3 * shape[1]..][..40].fill(f32::MIN_POSITIVE);
+            x[7 * shape[1]] = f32::NAN;
+        }
+        let (elements, scales) = weight.parts();
         let mut seen = x.clone();
         match cast {
             Some(cast) => quantize_dequantize(cast, &x, &mut seen),
@@ -748,5 +756,70 @@ fn sampling_follows_the_distribution_and_its_restrictions() {
         let masked = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
         assert!((0..200).all(|d| draw(&backend, &masked, SampleParams { draw: d, ..PLAIN }) == 1));
         assert_eq!(draw(&backend, &logits, PLAIN), draw(&backend, &logits, PLAIN));
+    }
+}
+
+/// The definition of a draw: weights as integers, restrictions one after the other over the sorted tokens.
+fn defined_draw(logits: &[f32], params: SampleParams) -> u32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut weights = vec![0.0; logits.len()];
+    // SAFETY: plain Rust is always available.
+    unsafe { sampling::exp_of(Isa::Portable, logits, max, 1.0 / params.temperature, &mut weights) };
+    let mut tokens: Vec<(f32, usize)> = weights.into_iter().zip(0..).collect();
+    tokens.retain(|&(_, id)| logits[id] > f32::NEG_INFINITY);
+    tokens.sort_by(|a, b| b.0.total_cmp(&a.0));
+    tokens.truncate(params.top_k.unwrap_or(u32::MAX) as usize);
+    let units = |weight: f32| (f64::from(weight) * 2.0_f64.powi(44)).round_ties_even() as u64;
+    let total = |tokens: &[(f32, usize)]| tokens.iter().map(|t| units(t.0)).sum::<u64>();
+    if params.top_p < 1.0 {
+        let enough = (f64::from(params.top_p) * total(&tokens) as f64).ceil() as u64;
+        let count = (1..=tokens.len()).find(|&n| total(&tokens[..n]) >= enough.max(1));
+        tokens.truncate(count.unwrap_or(tokens.len()));
+    }
+    tokens.retain(|t| t.0 >= params.min_p);
+    tokens.sort_by_key(|t| t.1);
+    let target = (sampling::uniform(params.seed, params.draw) * total(&tokens) as f64) as u64;
+    let drawn = (1..=tokens.len()).find(|&n| total(&tokens[..n]) > target);
+    tokens[drawn.expect("the target is below the total") - 1].1 as u32
+}
+
+#[test]
+fn draws_are_those_of_the_definition_on_every_instruction_set() {
+    let mut random = Random(11);
+    for width in [1, 7, 256, 257, 1003] {
+        let mut logits: Vec<f32> = random.vec(width).iter().map(|v| (v * 40.0).round() * 0.25).collect();
+        if width > 7 {
+            logits[3] = f32::NEG_INFINITY;
+            logits[5] = f32::NAN;
+        }
+        for (i, (top_k, top_p, min_p)) in [
+            (None, 1.0, 0.0),
+            (None, 1.0, 0.1),
+            (Some(1), 1.0, 0.0),
+            (Some(40), 1.0, 0.0),
+            (Some(40), 0.8, 0.05),
+            (None, 0.9, 0.0),
+            (None, 1e-6, 0.0),
+            (None, 0.999_999, 0.0),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            for draw_index in 0..12 {
+                let temperature = [0.3, 1.0, 5.0][draw_index % 3];
+                let params = SampleParams {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    seed: i as u64,
+                    draw: draw_index as u64,
+                };
+                let defined = defined_draw(&logits, params);
+                for backend in backends() {
+                    assert_eq!(draw(&backend, &logits, params), defined, "{width} tokens, {params:?}");
+                }
+            }
+        }
     }
 }
