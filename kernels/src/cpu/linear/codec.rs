@@ -1,8 +1,8 @@
 //! How the codes of a weight become the integers of an int8 dot product.
 
 use crate::cpu::packed::BLOCK;
-use crate::cpu::simd::LANES;
 use crate::cpu::simd::dot::Dot;
+use crate::cpu::simd::{LANES, Lanes};
 use crate::mx::{Cast, ElementType, Scheme};
 
 /// Which elements a block's bytes hold.
@@ -75,16 +75,26 @@ pub(super) fn factor_log2(element: ElementType) -> Option<i32> {
 /// Decodes quads, four consecutive elements along K of a row group, and multiplies them.
 ///
 /// # Safety
-/// As [`Dot`]; `block` points to a whole block of the layout, `half < 2`.
+/// As [`Dot`]; `block` points to a whole block of the layout, `scales` to those of a block's rows, `half < 2`.
 pub(super) trait Codec<D: Dot>: Copy {
     /// Bytes of a block of a row group.
     const BLOCK_BYTES: usize;
+    /// Bytes of the scales of a block of a row group.
+    const SCALE_BYTES: usize = LANES;
     /// Whether products are those of [`Dot::dot_bytes`].
     const BYTES: bool;
+    /// Whether scales are I32 that add to the exponent of an F32.
+    const EXPONENTS: bool = false;
     /// The codec of `weight`'s integers.
     unsafe fn new(codec: &IntegerCodec) -> Self;
     /// Quads `4 * half .. 4 * half + 4` of a block.
     unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4];
+    /// The scales of a block's rows.
+    #[inline(always)]
+    unsafe fn scales(scales: *const u8) -> D::Float {
+        // SAFETY: the trait's contract.
+        unsafe { D::Float::from_e8m0(scales) }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -93,6 +103,10 @@ pub(super) struct Nibbles<D: Dot>(D::Table);
 pub(super) struct Sextets<D: Dot>(D::Table);
 #[derive(Clone, Copy)]
 pub(super) struct Bytes;
+/// What the other codecs decode to: raised bytes of codes, or (`BYTES`) of whole bytes, and scales as F32 or as
+/// `EXPONENTS`.
+#[derive(Clone, Copy)]
+pub(super) struct Decoded<const BYTES: bool, const EXPONENTS: bool>;
 
 /// Words `w` of a block's rows.
 #[inline(always)]
@@ -161,5 +175,32 @@ impl<D: Dot> Codec<D> for Bytes {
             }
             quads
         }
+    }
+}
+
+impl<const BYTES: bool, const EXPONENTS: bool, D: Dot> Codec<D> for Decoded<BYTES, EXPONENTS> {
+    const BLOCK_BYTES: usize = LANES * BLOCK;
+    const SCALE_BYTES: usize = LANES * size_of::<f32>();
+    const BYTES: bool = BYTES;
+    const EXPONENTS: bool = EXPONENTS;
+    #[inline(always)]
+    unsafe fn new(_: &IntegerCodec) -> Self {
+        Self
+    }
+    #[inline(always)]
+    unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let mut quads = [D::splat(0); 4];
+            for (i, quad) in quads.iter_mut().enumerate() {
+                *quad = words::<D>(block, 4 * half + i);
+            }
+            quads
+        }
+    }
+    #[inline(always)]
+    unsafe fn scales(scales: *const u8) -> D::Float {
+        // SAFETY: the trait's contract.
+        unsafe { D::Float::load(scales.cast()) }
     }
 }

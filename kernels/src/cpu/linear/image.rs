@@ -24,11 +24,19 @@
 //! offset will add to them. Then the sum's bits are those of the float m + 2^e' * sum, since |sum| < 2^22, and a
 //! subtraction leaves 2^e' * sum, exactly: no conversion, no multiplication.
 
+use std::ops::RangeInclusive;
+
 use super::codec::{IntegerCodec, factor_log2};
 use crate::cpu::packed::BLOCK;
 use crate::cpu::simd::dot::{Dot, DotWork};
 use crate::cpu::simd::{LANES, Lanes};
 use crate::mx::{Cast, E8m0, ScaleRounding, SharedExponent, quantize_block};
+
+/// Exponents of units of products, the lower plane's where there are two, that together with [`NARROW_SCALES`] keep all
+/// of a product's numbers normal, so that a scale can be added to their exponents.
+pub(super) const NARROW_UNITS: RangeInclusive<i32> = -60..=30;
+/// Scales of weights, as bytes, for the same.
+pub(super) const NARROW_SCALES: RangeInclusive<u8> = 127 - 60..=127 + 60;
 
 /// Words of one token, block and plane.
 pub(super) const PLANE_WORDS: usize = 2 + BLOCK / 4;
@@ -178,14 +186,15 @@ impl Place {
     }
 }
 
-/// Writes one token's block. `KIND` is 0 for fixed point, 1 for an integer grid and 2 for a float grid.
+/// Writes one token's block; returns whether its units are [`NARROW_UNITS`]. `KIND` is 0 for fixed point, 1 for an integer
+/// grid and 2 for a float grid.
 #[inline(always)]
 unsafe fn quantize_one<D: Dot, const KIND: u8, const PLANES: usize>(
     q: &Quantizer,
     grid: Option<&IntegerGrid>,
     x: *const f32,
     place: Place,
-) {
+) -> bool {
     // SAFETY: the caller's conditions.
     unsafe {
         let amax = D::max_magnitude(x);
@@ -195,14 +204,15 @@ unsafe fn quantize_one<D: Dot, const KIND: u8, const PLANES: usize>(
                 place.write::<PLANES>(0, plane, 0);
                 place.write::<PLANES>(1, plane, f32::NAN.to_bits() as i32);
             }
-            return;
+            return false;
         }
         let (exponent, integers) = match grid {
             Some(grid) if KIND == 1 => on_grid::<D, false>(grid, x, amax),
             Some(grid) => on_grid::<D, true>(grid, x, amax),
             None => fixed_point::<D>(x, amax),
         };
-        let unit_log2 = exponent + q.unit_log2;
+        // Zeros are zeros in any unit.
+        let unit_log2 = q.unit_log2 + if amax == 0 { 0 } else { exponent };
         let sum = if q.offset == 0 { 0 } else { integers[0].sum(integers[1]) };
         if PLANES == 1 {
             place.write_unit::<PLANES>(0, unit_log2, q.offset * sum);
@@ -215,6 +225,7 @@ unsafe fn quantize_one<D: Dot, const KIND: u8, const PLANES: usize>(
             place.write_unit::<PLANES>(1, unit_log2, q.offset * (sum - 256 * upper_sum));
             place.write_plane::<D, PLANES>(1, integers);
         }
+        NARROW_UNITS.contains(&unit_log2)
     }
 }
 
@@ -227,7 +238,7 @@ pub(super) struct Rows {
     pub(super) blocks: usize,
 }
 
-/// Writes the image of one tile.
+/// Writes the image of one tile; says whether all of its units are [`NARROW_UNITS`].
 pub(super) struct QuantizeTile<'a> {
     pub(super) quantizer: &'a Quantizer,
     pub(super) x: Rows,
@@ -237,8 +248,9 @@ pub(super) struct QuantizeTile<'a> {
 
 impl QuantizeTile<'_> {
     #[inline(always)]
-    unsafe fn blocks<D: Dot, const KIND: u8, const PLANES: usize>(self, grid: Option<&IntegerGrid>) {
+    unsafe fn blocks<D: Dot, const KIND: u8, const PLANES: usize>(self, grid: Option<&IntegerGrid>) -> bool {
         let Self { quantizer, x, image } = self;
+        let mut narrow = true;
         // SAFETY: rows and image hold the tile.
         unsafe {
             for b in 0..x.blocks {
@@ -246,24 +258,25 @@ impl QuantizeTile<'_> {
                 for token in 0..x.tokens {
                     let place = Place { block, tokens: x.tokens, token };
                     let source = x.start.add(token * x.stride + b * BLOCK);
-                    quantize_one::<D, KIND, PLANES>(quantizer, grid, source, place);
+                    narrow &= quantize_one::<D, KIND, PLANES>(quantizer, grid, source, place);
                 }
             }
         }
+        narrow
     }
 }
 
 impl DotWork for QuantizeTile<'_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    unsafe fn run<D: Dot>(self) {
+    unsafe fn run<D: Dot>(self) -> bool {
         // SAFETY: rows and image hold the tile.
         unsafe {
             match &self.quantizer.grid {
                 None => self.blocks::<D, 0, 2>(None),
                 Some(grid) if grid.cast.format.element.spec().is_integer() => {
-                    self.blocks::<D, 1, 1>(Some(grid));
+                    self.blocks::<D, 1, 1>(Some(grid))
                 }
                 Some(grid) => self.blocks::<D, 2, 1>(Some(grid)),
             }

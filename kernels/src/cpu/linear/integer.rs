@@ -1,20 +1,29 @@
-//! Products by int8 dot products. A tile is one row group x up to eight tokens: sums and totals stay in registers over all
-//! of K, and packed weights are decoded in registers on the way, which costs little beside the products of a few tokens.
-//! So one kernel serves a single token as well as a long prompt; what changes is where its weights come from.
+//! Products by int8 dot products: how they are cut into tiles.
+//!
+//! A [tile](super::tile) decodes packed weights in registers on its way along K, which costs little beside the products
+//! of a few tokens. A prompt has many tiles for the same weights: there they are decoded once, a range of K at a time,
+//! into a panel that stays in the first cache while the tiles of tokens pass by. So one kernel serves a single token as
+//! well as a long prompt; what changes is where its weights come from.
 
-#![allow(clippy::needless_range_loop, reason = "registers of a tile are indexed by token")]
+use std::ops::Range;
 
-use super::codec::{Bytes, CodeKind, Codec, IntegerCodec, Nibbles, Sextets};
+use super::codec::{CodeKind, IntegerCodec};
 use super::image::PLANE_WORDS;
+use super::tile::{BYTES, DECODED, DECODED_BYTES, DecodeStrip, LINE, NARROW, NIBBLES, SEXTETS, Strip, Tile};
 use super::{Output, Part};
-use crate::cpu::packed::PackedWeight;
+use crate::cpu::packed::{BLOCK, PackedWeight};
 use crate::cpu::simd::dot::{Dot, DotWork};
 use crate::cpu::simd::{LANES, Lanes};
 
-/// Bytes of an image that stay in the second cache while weights pass by.
-const IMAGE_BYTES: usize = 256 << 10;
-/// Bytes of a cache line.
-const LINE: usize = 64;
+/// Tiles from which a panel is worth its stores and loads.
+const PANEL_TILES: usize = 3;
+/// Blocks along K of a panel, which is read from the nearest caches by every tile. (Measured: 16 and all of K are slower.)
+const PANEL_BLOCKS: usize = 64;
+/// Bytes of a panel's block, a byte for each element, and of its scales.
+const PANEL_BLOCK_BYTES: usize = LANES * BLOCK;
+const PANEL_SCALE_BYTES: usize = LANES * size_of::<f32>();
+/// Bytes of an image, along a panel's range of K, that stay in the second cache while row groups pass by.
+const IMAGE_BYTES: usize = 704 << 10;
 
 /// What one call works on.
 #[derive(Clone, Copy)]
@@ -24,6 +33,8 @@ pub(super) struct Problem<'a> {
     /// The [image](super::image) of all tokens, in tiles of `tile_tokens` (fewer at the end).
     pub(super) image: *const i32,
     pub(super) tile_tokens: usize,
+    /// Whether all units of the image are [`NARROW_UNITS`](super::image::NARROW_UNITS).
+    pub(super) narrow: bool,
     pub(super) out: Output<'a>,
 }
 
@@ -64,190 +75,164 @@ const fn max_tile_tokens<D: Dot>(planes: usize) -> usize {
     }
 }
 
-/// A tile's sums over one block, `[token][plane]`.
-type Sums<D, const P: usize, const T: usize> = [[D; P]; T];
+/// Tokens that share panels, and the bytes that each thread needs for that: panels, and totals of a task's row groups.
+pub(super) struct Panels {
+    chunk: usize,
+    bytes: usize,
+}
 
-/// Where the sums of the block at `x` start.
-#[inline(always)]
-unsafe fn start<D: Dot, const P: usize, const T: usize>(x: *const i32) -> Sums<D, P, T> {
-    // SAFETY: the caller's block has the words.
-    unsafe {
-        let mut sums = [[D::splat(0); P]; T];
-        for t in 0..T {
-            for p in 0..P {
-                sums[t][p] = D::splat(*x.add(t * P + p));
-            }
+impl Panels {
+    /// Those for tasks of up to `groups` row groups and `tokens` tokens; `None` if there are too few tokens for panels.
+    pub(super) fn new(
+        weight: &PackedWeight,
+        planes: usize,
+        tile_tokens: usize,
+        groups: usize,
+        tokens: usize,
+    ) -> Option<Self> {
+        if tokens < PANEL_TILES * tile_tokens {
+            return None;
         }
-        sums
+        let range = PANEL_BLOCKS.min(weight.blocks());
+        let token_bytes = range * planes * PLANE_WORDS * size_of::<i32>();
+        let most = (IMAGE_BYTES / token_bytes).max(PANEL_TILES * tile_tokens);
+        // Chunks of equal size: a small one at the end would need the same panels.
+        let chunk = tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(tile_tokens);
+        let totals = if range == weight.blocks() { 0 } else { groups * chunk * LANES };
+        Some(Self {
+            chunk,
+            bytes: PANEL_BLOCKS * (PANEL_BLOCK_BYTES + PANEL_SCALE_BYTES) + totals * size_of::<f32>(),
+        })
+    }
+
+    /// Bytes that each thread needs.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
-
-/// Adds quad `q` of the block at `x` times the decoded weights `w`.
-#[inline(always)]
-unsafe fn multiply<D: Dot, const BYTES: bool, const P: usize, const T: usize>(
-    sums: &mut Sums<D, P, T>,
-    w: D,
-    x: *const i32,
-    q: usize,
-) {
-    // SAFETY: the caller's block has the words.
-    unsafe {
-        for t in 0..T {
-            for p in 0..P {
-                let x = D::splat(*x.add((2 + q) * T * P + t * P + p));
-                let sum = sums[t][p];
-                sums[t][p] = if BYTES { sum.dot_bytes(w, x) } else { sum.dot_codes(w, x) };
-            }
-        }
-    }
-}
-
-/// Adds the sums of the block at `x`, in its unit and times the weights' scale, to the totals.
-#[inline(always)]
-unsafe fn fold<D: Dot, const P: usize, const T: usize>(
-    totals: &mut [D::Float; T],
-    sums: Sums<D, P, T>,
-    x: *const i32,
-    scale: D::Float,
-) {
-    // SAFETY: the caller's block has the words.
-    unsafe {
-        for t in 0..T {
-            let mut value = D::Float::splat(0.0);
-            for p in 0..P {
-                let magic = D::Float::splat(f32::from_bits(*x.add(T * P + t * P + p) as u32));
-                let plane = sums[t][p].as_floats().sub(magic);
-                value = if p == 0 { plane } else { value.add(plane) };
-            }
-            totals[t] = value.mul_add(scale, totals[t]);
-        }
-    }
-}
-
-/// How far ahead of its use a block is asked for, in bytes: into the second cache, and into the first.
-///
-/// Measured. Hardware prefetchers keep up with a reader that does some work per byte (`dots` dot products per quad of a
-/// block), but fall behind both a faster one, whose requests for what is near they delay, and a slower one, which stops
-/// them.
-const fn prefetch_distances(block_bytes: usize, dots: usize) -> (Option<usize>, usize) {
-    let far = match block_bytes / dots {
-        0..256 => Some(8192),
-        256 => None,
-        _ => Some(2048),
-    };
-    (far, 512)
-}
-
-/// A row group x `T` tokens from `token`.
-struct Tile<'a, const KIND: u8, const P: usize, const T: usize> {
-    problem: &'a Problem<'a>,
-    group: usize,
-    token: usize,
-    /// Whether the weights come from memory.
-    fetch: bool,
-}
-
-impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
-    #[inline(always)]
-    unsafe fn multiply<D: Dot, C: Codec<D>>(self, codec: C) {
-        let Self { problem: Problem { weight, image, out, .. }, group, token, fetch } = self;
-        let blocks = weight.blocks();
-        // SAFETY: the group is inside the weight, the tile inside the image.
-        unsafe {
-            let mut block = weight.codes.as_ptr().add(group * blocks * C::BLOCK_BYTES);
-            let mut scales = weight.scales.as_ptr().add(group * blocks * LANES);
-            let mut x = image.add(token * blocks * P * PLANE_WORDS);
-            let mut totals = [D::Float::splat(0.0); T];
-            for _ in 0..blocks {
-                if fetch {
-                    let (far, near) = const { prefetch_distances(C::BLOCK_BYTES, P * T) };
-                    for line in (0..C::BLOCK_BYTES).step_by(LINE) {
-                        D::prefetch::<false>(block.wrapping_add(near + line));
-                        if let Some(far) = far {
-                            D::prefetch::<true>(block.wrapping_add(far + line));
-                        }
-                    }
-                }
-                let mut sums = start::<D, P, T>(x);
-                for half in 0..2 {
-                    let quads = codec.quads(block, half);
-                    for i in 0..4 {
-                        if C::BYTES && !D::ONE_DOT {
-                            multiply::<D, true, P, T>(&mut sums, quads[i], x, 4 * half + i);
-                        } else {
-                            multiply::<D, false, P, T>(&mut sums, quads[i], x, 4 * half + i);
-                        }
-                    }
-                }
-                fold::<D, P, T>(&mut totals, sums, x, D::Float::from_e8m0(scales));
-                block = block.add(C::BLOCK_BYTES);
-                scales = scales.add(LANES);
-                x = x.add(T * P * PLANE_WORDS);
-            }
-            for t in 0..T {
-                out.write(group, token + t, totals[t]);
-            }
-        }
-    }
-}
-
-impl<const KIND: u8, const P: usize, const T: usize> DotWork for Tile<'_, KIND, P, T> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<D: Dot>(self) {
-        let codec = self.problem.codec;
-        // SAFETY: the tile is inside the problem.
-        unsafe {
-            match KIND {
-                NIBBLES => self.multiply::<D, Nibbles<D>>(Nibbles::new(codec)),
-                SEXTETS => self.multiply::<D, Sextets<D>>(Sextets::new(codec)),
-                _ => self.multiply::<D, Bytes>(Codec::<D>::new(codec)),
-            }
-        }
-    }
-}
-
-const NIBBLES: u8 = CodeKind::Nibbles as u8;
-const SEXTETS: u8 = CodeKind::Sextets as u8;
-const BYTES: u8 = CodeKind::Bytes as u8;
 
 /// One task: row groups x tokens.
 pub(super) struct Task<'a> {
     pub(super) problem: &'a Problem<'a>,
     pub(super) part: Part,
+    /// With the thread's memory for them.
+    pub(super) panels: Option<(&'a Panels, *mut u8)>,
 }
 
 impl Task<'_> {
     #[inline(always)]
-    unsafe fn tiles<D: Dot, const KIND: u8, const P: usize>(&self) {
-        let Problem { weight, tile_tokens, .. } = *self.problem;
-        let token_bytes = weight.blocks() * P * PLANE_WORDS * size_of::<i32>();
-        let chunk = (IMAGE_BYTES / token_bytes / tile_tokens).max(1) * tile_tokens;
-        for first in self.part.tokens.clone().step_by(chunk) {
-            let tokens = first..(first + chunk).min(self.part.tokens.end);
-            for group in self.part.groups.clone() {
-                for token in tokens.clone().step_by(tile_tokens) {
-                    let count = tile_tokens.min(tokens.end - token);
-                    // SAFETY: the part is inside the problem.
-                    unsafe { self.tile::<D, KIND, P>(group, token, count, token == first) };
+    unsafe fn multiply<D: Dot, const KIND: u8, const P: usize>(&self) {
+        // SAFETY: the part is inside the problem.
+        unsafe {
+            match self.panels {
+                Some((panels, memory)) => self.by_panels::<D, KIND, P>(panels, memory),
+                None => self.directly::<D, KIND, P>(),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn directly<D: Dot, const KIND: u8, const P: usize>(&self) {
+        for group in self.part.groups.clone() {
+            // SAFETY: the part is inside the problem.
+            unsafe {
+                let strip = self.strip(group, 0..self.problem.weight.blocks());
+                self.tiles::<D, KIND, P>(strip, self.part.tokens.clone(), std::ptr::null_mut(), None);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn by_panels<D: Dot, const KIND: u8, const P: usize>(&self, panels: &Panels, memory: *mut u8) {
+        let all = self.problem.weight.blocks();
+        // SAFETY: the part is inside the problem, the memory as large as `panels` says.
+        unsafe {
+            let panel_scales = memory.add(PANEL_BLOCKS * PANEL_BLOCK_BYTES).cast::<f32>();
+            let totals = panel_scales.add(PANEL_BLOCKS * LANES);
+            for first in self.part.tokens.clone().step_by(panels.chunk) {
+                let tokens = first..(first + panels.chunk).min(self.part.tokens.end);
+                let strips = (0..all).step_by(PANEL_BLOCKS).flat_map(|from| {
+                    let blocks = from..(from + PANEL_BLOCKS).min(all);
+                    self.part.groups.clone().map(move |group| (group, blocks.clone()))
+                });
+                let mut strips = strips.map(|(group, blocks)| self.strip(group, blocks)).peekable();
+                while let Some(mut strip) = strips.next() {
+                    let codec = self.problem.codec;
+                    let whole_bytes = KIND == BYTES && !D::ONE_DOT;
+                    let exponents = self.problem.narrow && !whole_bytes && strip.has_narrow_scales();
+                    let (panel, packed) = (memory, &strip);
+                    D::outlined(DecodeStrip::<KIND> { codec, strip: packed, panel, panel_scales, exponents });
+                    (strip.codes, strip.scales) = (memory, panel_scales.cast());
+                    strip.fetch = false;
+                    let carry =
+                        totals.wrapping_add((strip.group - self.part.groups.start) * tokens.len() * LANES);
+                    let (tokens, next) = (tokens.clone(), strips.peek());
+                    if exponents {
+                        self.tiles::<D, NARROW, P>(strip, tokens, carry, next);
+                    } else if whole_bytes {
+                        self.tiles::<D, DECODED_BYTES, P>(strip, tokens, carry, next);
+                    } else {
+                        self.tiles::<D, DECODED, P>(strip, tokens, carry, next);
+                    }
                 }
             }
+        }
+    }
+
+    /// The packed weights of a row group along `blocks`.
+    unsafe fn strip(&self, group: usize, blocks: Range<usize>) -> Strip {
+        let weight = self.problem.weight;
+        let first = group * weight.blocks() + blocks.start;
+        // SAFETY: the group and the blocks are inside the weight.
+        let (codes, scales) = unsafe {
+            let codes = weight.codes.as_ptr().add(first * weight.storage.block_bytes());
+            (codes, weight.scales.as_ptr().add(first * LANES))
+        };
+        Strip { group, blocks, codes, scales, fetch: true }
+    }
+
+    /// A strip x all tiles of `tokens`, whose totals, if need be, are at `carry`. Meanwhile packed weights of `next` are
+    /// brought to the second cache.
+    #[inline(always)]
+    unsafe fn tiles<D: Dot, const KIND: u8, const P: usize>(
+        &self,
+        mut strip: Strip,
+        tokens: Range<usize>,
+        carry: *mut f32,
+        next: Option<&Strip>,
+    ) {
+        let tile_tokens = self.problem.tile_tokens;
+        let next_lines = next
+            .map_or(0, |next| (next.blocks.len() * self.problem.weight.storage.block_bytes()).div_ceil(LINE));
+        let lines_per_tile = next_lines.div_ceil(tokens.len().div_ceil(tile_tokens));
+        for (i, token) in tokens.clone().step_by(tile_tokens).enumerate() {
+            if let Some(next) = next {
+                for line in (i * lines_per_tile..(i + 1) * lines_per_tile).take_while(|&l| l < next_lines) {
+                    // SAFETY: an address may be any.
+                    unsafe { D::prefetch::<true>(next.codes.wrapping_add(line * LINE)) };
+                }
+            }
+            let count = tile_tokens.min(tokens.end - token);
+            let carry = carry.wrapping_add((token - tokens.start) * LANES);
+            // SAFETY: the part is inside the problem.
+            unsafe { self.tile::<D, KIND, P>(&strip, token, count, carry) };
+            // The first tile has brought the weights.
+            strip.fetch = false;
         }
     }
 
     #[inline(always)]
     unsafe fn tile<D: Dot, const KIND: u8, const P: usize>(
         &self,
-        group: usize,
+        strip: &Strip,
         token: usize,
         count: usize,
-        fetch: bool,
+        carry: *mut f32,
     ) {
         let problem = self.problem;
         macro_rules! tile {
             ($t:literal) => {
-                D::outlined(Tile::<KIND, P, $t> { problem, group, token, fetch })
+                D::outlined(Tile::<KIND, P, $t> { problem, strip, token, carry })
             };
         }
         let max = const { max_tile_tokens::<D>(P) };
@@ -276,12 +261,12 @@ impl DotWork for Task<'_> {
         // SAFETY: the part is inside the problem.
         unsafe {
             match (self.problem.codec.kind, self.problem.codec.planes()) {
-                (CodeKind::Nibbles, 1) => self.tiles::<D, NIBBLES, 1>(),
-                (CodeKind::Nibbles, _) => self.tiles::<D, NIBBLES, 2>(),
-                (CodeKind::Sextets, 1) => self.tiles::<D, SEXTETS, 1>(),
-                (CodeKind::Sextets, _) => self.tiles::<D, SEXTETS, 2>(),
-                (CodeKind::Bytes, 1) => self.tiles::<D, BYTES, 1>(),
-                (CodeKind::Bytes, _) => self.tiles::<D, BYTES, 2>(),
+                (CodeKind::Nibbles, 1) => self.multiply::<D, NIBBLES, 1>(),
+                (CodeKind::Nibbles, _) => self.multiply::<D, NIBBLES, 2>(),
+                (CodeKind::Sextets, 1) => self.multiply::<D, SEXTETS, 1>(),
+                (CodeKind::Sextets, _) => self.multiply::<D, SEXTETS, 2>(),
+                (CodeKind::Bytes, 1) => self.multiply::<D, BYTES, 1>(),
+                (CodeKind::Bytes, _) => self.multiply::<D, BYTES, 2>(),
             }
         }
     }

@@ -20,12 +20,15 @@ mod codec;
 mod float;
 mod image;
 mod integer;
+mod tile;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use self::codec::IntegerCodec;
 use self::image::{PLANE_WORDS, QuantizeTile, Quantizer, Rows};
+use self::integer::Panels;
 use super::memory::{Line, Scratch};
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};
@@ -125,6 +128,11 @@ impl Split {
     fn token_chunks(&self) -> usize {
         // What is left over at the end goes to the last whole chunk.
         (self.tokens / self.tokens_per_task).max(1)
+    }
+
+    /// Tokens of the largest task.
+    fn largest_part_tokens(&self) -> usize {
+        self.part(self.token_chunks() - 1).tokens.len()
     }
 
     fn tasks(&self) -> usize {
@@ -255,17 +263,35 @@ fn integer_product(
     let tile_tokens = tokens.div_ceil(tokens.div_ceil(shape.max_tile_tokens));
     let image = scratch.image.take(tokens * blocks * codec.planes() * PLANE_WORDS);
     let cast = product.activation.filter(|_| codec.planes() > 1);
-    make_image(isa, pool, &mut scratch.input, &quantizer, codec.planes(), product, cast, tile_tokens, image);
+    let narrow = make_image(
+        isa,
+        pool,
+        &mut scratch.input,
+        &quantizer,
+        codec.planes(),
+        product,
+        cast,
+        tile_tokens,
+        image,
+    );
 
-    let problem = integer::Problem { weight, codec, image: image.as_ptr(), tile_tokens, out };
+    let problem = integer::Problem { weight, codec, image: image.as_ptr(), tile_tokens, narrow, out };
     let split = Split::new(weight, tokens, tile_tokens, pool.threads(), 1);
-    pool.run(split.tasks(), &|task, _| {
+    let panels =
+        Panels::new(weight, codec.planes(), tile_tokens, split.groups_per_task, split.largest_part_tokens());
+    let per_thread = panels.as_ref().map_or(0, Panels::bytes).div_ceil(size_of::<Line>());
+    let memory = DisjointSlices::new(scratch.panels.take(per_thread * pool.threads()), per_thread);
+    pool.run(split.tasks(), &|task, thread| {
+        // SAFETY: one piece per thread.
+        let memory = unsafe { memory.slice(thread) }.as_mut_ptr().cast();
+        let panels = panels.as_ref().map(|panels| (panels, memory));
         // SAFETY: the part is this task's alone; `isa` is available.
-        unsafe { isa.dot(integer::Task { problem: &problem, part: split.part(task) }) };
+        unsafe { isa.dot(integer::Task { problem: &problem, part: split.part(task), panels }) };
     });
 }
 
-/// Writes the image of `product`'s activations, quantized to `cast` first, in tiles of `tile_tokens` tokens.
+/// Writes the image of `product`'s activations, quantized to `cast` first, in tiles of `tile_tokens` tokens; returns
+/// whether all of its units are [`NARROW_UNITS`](image::NARROW_UNITS).
 #[allow(clippy::too_many_arguments, reason = "what an image is made of")]
 fn make_image(
     isa: Isa,
@@ -277,7 +303,7 @@ fn make_image(
     cast: Option<Cast>,
     tile_tokens: usize,
     image: &mut [i32],
-) {
+) -> bool {
     let Product { weight, x, tokens, .. } = *product;
     let (cols, blocks) = (weight.shape[1], weight.blocks());
     let x = match cast {
@@ -294,6 +320,7 @@ fn make_image(
     };
     let token_words = blocks * planes * PLANE_WORDS;
     let words = DisjointSlices::new(image, token_words);
+    let narrow = AtomicBool::new(true);
     let make = |tile: usize| {
         let token = tile * tile_tokens;
         let rows = Rows {
@@ -304,7 +331,11 @@ fn make_image(
         };
         // SAFETY: the rows are inside `x`, and their image follows those of the tokens before; each tile is made once;
         // `isa` is available.
-        unsafe { isa.dot(QuantizeTile { quantizer, x: rows, image: words.slice(token).as_mut_ptr() }) };
+        let tile = QuantizeTile { quantizer, x: rows, image: unsafe { words.slice(token) }.as_mut_ptr() };
+        // SAFETY: as above.
+        if !unsafe { isa.dot(tile) } {
+            narrow.store(false, Ordering::Relaxed);
+        }
     };
     let tiles = tokens.div_ceil(tile_tokens);
     if tokens * cols < SERIAL_ELEMENTS {
@@ -312,4 +343,5 @@ fn make_image(
     } else {
         pool.run(tiles, &|tile, _| make(tile));
     }
+    narrow.into_inner()
 }

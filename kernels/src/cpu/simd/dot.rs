@@ -78,6 +78,8 @@ pub(crate) trait Dot: Copy {
     unsafe fn splat(v: i32) -> Self;
     /// 16 words.
     unsafe fn load(p: *const u8) -> Self;
+    /// Writes the 16 words.
+    unsafe fn store(self, p: *mut u8);
     /// The table of 64 bytes; those behind 16 repeat the first 16 where codes have four bits.
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table;
     /// The low (`HIGH` false) or high nibble of each byte of `self` through `table`.
@@ -91,6 +93,8 @@ pub(crate) trait Dot: Copy {
     unsafe fn dot_codes(self, w: Self, x: Self) -> Self;
     /// As [`dot_codes`](Self::dot_codes), for 8-bit weights.
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self;
+    /// Sums, wrapping.
+    unsafe fn add(self, b: Self) -> Self;
     /// The lanes' bits as floats.
     unsafe fn as_floats(self) -> Self::Float;
 
@@ -144,6 +148,11 @@ impl Dot for PortableDot {
         Self(unsafe { p.cast::<[i32; LANES]>().read_unaligned() })
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<[i32; LANES]>().write_unaligned(self.0) };
+    }
+    #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> [u8; 64] {
         *bytes
     }
@@ -176,6 +185,10 @@ impl Dot for PortableDot {
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
         // SAFETY: the trait's contract.
         unsafe { self.dot_codes(w, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i].wrapping_add(b.0[i])))
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Portable {

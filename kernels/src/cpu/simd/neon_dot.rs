@@ -96,6 +96,12 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
         Self(each!(AT => |at| vreinterpretq_s32_u8(vld1q_u8(p.add(at)))))
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        for (i, quarter) in self.0.into_iter().enumerate() {
+            unsafe { vst1q_u8(p.add(16 * i), vreinterpretq_u8_s32(quarter)) };
+        }
+    }
+    #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> uint8x16x4_t {
         unsafe { vld1q_u8_x4(bytes.as_ptr()) }
     }
@@ -122,6 +128,10 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
         unsafe { self.dot_codes(w, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(each!(self.0, b.0 => |a, b| vaddq_s32(a, b)))
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Neon {

@@ -51,6 +51,10 @@ impl Dot for Avx512Vnni {
         Self(unsafe { _mm512_loadu_si512(p.cast()) })
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        unsafe { _mm512_storeu_si512(p.cast(), self.0) }
+    }
+    #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> __m512i {
         unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
     }
@@ -88,6 +92,10 @@ impl Dot for Avx512Vnni {
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
         Self(unsafe { _mm512_dpbusd_epi32(self.0, w.0, x.0) })
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(unsafe { _mm512_add_epi32(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Avx512 {
@@ -295,6 +303,13 @@ impl<M: Multiply256> Dot for Dot256<M> {
         unsafe { Self::new(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), self.0);
+            _mm256_storeu_si256(p.add(32).cast(), self.1);
+        }
+    }
+    #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table {
         unsafe {
             let [lower, upper, ..] = bytes.as_chunks::<16>().0 else { unreachable!("64 bytes") };
@@ -340,6 +355,10 @@ impl<M: Multiply256> Dot for Dot256<M> {
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
         unsafe { Self::new(M::dot_bytes(self.0, w.0, x.0), M::dot_bytes(self.1, w.1, x.1)) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        unsafe { Self::new(_mm256_add_epi32(self.0, b.0), _mm256_add_epi32(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Avx2 {
