@@ -125,31 +125,21 @@ unsafe fn fold_scaled<D: Dot, const P: usize, const T: usize>(
     }
 }
 
-/// How far ahead of its use a block is asked for, in bytes: into the second cache, and into the first.
-///
-/// Measured. Hardware prefetchers keep up with a reader that does some work per byte (`dots` dot products per quad of a
-/// block), but fall behind both a faster one, whose requests for what is near they delay, and a slower one, which stops
-/// them.
-const fn prefetch_distances(block_bytes: usize, dots: usize) -> (Option<usize>, usize) {
-    let far = match block_bytes / dots {
-        0..256 => Some(8192),
-        256 => None,
-        _ => Some(2048),
-    };
-    (far, 512)
-}
-
 /// Asks for what follows `block` in memory, where there are `dots` dot products per quad.
+///
+/// The distances are measured: one row's weights, which pass as fast as memory gives them, come soonest when they are
+/// asked for 2048 bytes ahead (4096, a page, is slower than not at all), those of larger tiles from farther.
 #[inline(always)]
 unsafe fn prefetch<D: Dot, C: Codec<D>>(block: *const u8, dots: usize) {
-    let (far, near) = prefetch_distances(C::BLOCK_BYTES, dots);
+    /// Bytes ahead, for the first cache.
+    const NEAR: usize = 512;
+    // And for the second.
+    let far = if dots <= 2 { 2048 } else { 8192 };
     for line in (0..C::BLOCK_BYTES).step_by(LINE) {
         // SAFETY: an address may be any.
         unsafe {
-            D::prefetch::<false>(block.wrapping_add(near + line));
-            if let Some(far) = far {
-                D::prefetch::<true>(block.wrapping_add(far + line));
-            }
+            D::prefetch::<false>(block.wrapping_add(NEAR + line));
+            D::prefetch::<true>(block.wrapping_add(far + line));
         }
     }
 }
