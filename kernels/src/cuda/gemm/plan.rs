@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn few_rows_are_not_worth_an_expansion() {
-        let plan = Plan::new(65, &layout([4096, 4096]), true, 132);
+        let plan = Plan::new(40, &layout([4096, 4096]), true, 132);
         assert_eq!((plan.operand, plan.block_tokens()), (Operand::Bf16, 64));
     }
 
