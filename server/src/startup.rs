@@ -136,6 +136,7 @@ mod tests {
             linears: vec![linear("q_proj+k_proj+v_proj", Some("w4a6")), linear("lm_head", None)],
             parameters: 134_515_008,
             memory: Arc::new(MemoryAccount::default()),
+            device_memory: None,
         };
         let mut out = String::new();
         describe(&mut out, "m", &info).unwrap();

@@ -234,6 +234,8 @@ pub struct EngineInfo {
     pub parameters: usize,
     /// Bytes held on the device now, by component.
     pub memory: Arc<MemoryAccount>,
+    /// The memory of a device of its own when the engine was ready: it allocates all of it before.
+    pub device_memory: Option<DeviceMemory>,
 }
 
 /// Linear layers of one group and scheme, and what executes them.
@@ -267,6 +269,7 @@ impl EngineInfo {
             linears: model.linear_info().into_iter().map(kernel).collect(),
             parameters: model.parameters(),
             memory: Arc::clone(backend.memory()),
+            device_memory: backend.device_memory(),
         }
     }
 }

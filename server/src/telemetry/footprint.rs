@@ -60,8 +60,12 @@ impl FootprintMetrics {
         // Captured graphs are a GPU's.
         self.memory("graphs", 0);
         let process = process::usage();
-        self.memory("device_used", process.resident_bytes);
-        self.memory("device_total", process.machine_bytes);
+        let (used, total) = match info.device_memory {
+            Some(memory) => (memory.total_bytes - memory.free_bytes, memory.total_bytes),
+            None => (process.resident_bytes, process.machine_bytes),
+        };
+        self.memory("device_used", used);
+        self.memory("device_total", total);
 
         let footprint = Footprint::of(info);
         self.weight_bytes.reset();
