@@ -165,7 +165,8 @@ impl DecodeGemm {
         let fits = |rows, cluster| shared_bytes(format, segments, rows, k_tiles, cluster) <= limit;
         let plans = CLUSTERS
             .into_iter()
-            .filter(|&cluster| self.clusters[cluster.ilog2() as usize] > 0)
+            // A block of a cluster has one part of K at least.
+            .filter(|&cluster| cluster <= segments && self.clusters[cluster.ilog2() as usize] > 0)
             .filter_map(|cluster| {
                 let rows_per_pass = (1..=most.min(rows)).rev().find(|&rows| fits(rows, cluster))?;
                 let passes = rows.div_ceil(rows_per_pass);
