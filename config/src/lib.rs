@@ -5,14 +5,18 @@
 //! merges them. `server.toml` beside this crate documents every key and its default.
 #![forbid(unsafe_code)]
 
+mod checks;
 mod error;
+mod file;
 mod server;
 mod settings;
+mod sources;
 mod values;
 
 pub use error::ConfigError;
-pub use server::ServerConfig;
+pub use server::{ServerConfig, TlsFiles};
 pub use settings::Settings;
+pub use sources::{Source, Sources};
 pub use values::{
     DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
     SpeculativeConfig, SpeculativeMethod, ToolCallParser,

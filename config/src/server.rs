@@ -8,12 +8,25 @@ use std::time::Duration;
 
 use kernels::KvCacheDtype;
 
+use crate::checks::{
+    at_least_one, collector, connections, context, names, origins, refuse, seconds, share, speculative,
+    threads, tls,
+};
 use crate::error::ConfigError;
 use crate::settings::Settings;
 use crate::values::{
     DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
     SpeculativeConfig, ToolCallParser,
 };
+
+/// The PEM files of HTTPS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate chain, the server's own certificate first.
+    pub certificates: PathBuf,
+    /// Its private key: PKCS#8, PKCS#1 or SEC1.
+    pub key: PathBuf,
+}
 
 /// The server's configuration: checked once, then trusted.
 #[derive(Clone, PartialEq)]
@@ -28,12 +41,24 @@ pub struct ServerConfig {
     pub served_model_name: Vec<String>,
     /// Bearer tokens, one of which every `/v1` request must carry; empty: open to all.
     pub api_key: Vec<String>,
+    /// File with more of them, one per line.
+    pub api_key_file: Option<PathBuf>,
+    /// PEM files for HTTPS; `None`: HTTP.
+    pub tls: Option<TlsFiles>,
     /// Origins that browsers may call from; empty: none but the server's own.
     pub allowed_origins: Vec<String>,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Connections at a time.
+    pub max_connections: usize,
+    /// How long a client may take to send a request's headers, then its body, and to take what it is sent.
+    pub client_timeout: Duration,
+    /// How long a request may take, from its headers to the end of its answer; `None`: no limit.
+    pub request_timeout: Option<Duration>,
     /// How long running requests may take to finish after SIGTERM or SIGINT.
     pub shutdown_timeout: Duration,
+    /// Whether there is a web page at `/`.
+    pub web_page: bool,
     /// Longest sequence in tokens; `None`: the model's context.
     pub max_model_len: Option<usize>,
     /// File with a chat template, instead of the model's own.
@@ -74,6 +99,8 @@ pub struct ServerConfig {
     pub log_format: LogFormat,
     /// Whether each request gets a log line.
     pub log_requests: bool,
+    /// OTLP collector that gets a trace of each request; `None`: nobody does.
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 impl Default for ServerConfig {
@@ -84,9 +111,15 @@ impl Default for ServerConfig {
             port: 8000,
             served_model_name: Vec::new(),
             api_key: Vec::new(),
+            api_key_file: None,
+            tls: None,
             allowed_origins: Vec::new(),
             max_body_bytes: 32 << 20,
+            max_connections: 4096,
+            client_timeout: Duration::from_secs(60),
+            request_timeout: None,
             shutdown_timeout: Duration::from_secs(30),
+            web_page: true,
             max_model_len: None,
             chat_template: None,
             generation_config: GenerationConfig::default(),
@@ -107,6 +140,7 @@ impl Default for ServerConfig {
             log_level: LogLevel::default(),
             log_format: LogFormat::default(),
             log_requests: true,
+            otlp_traces_endpoint: None,
         }
     }
 }
@@ -127,15 +161,16 @@ impl ServerConfig {
             port: said.port.unwrap_or(d.port),
             served_model_name: names("served_model_name", said.served_model_name)?,
             api_key: names("api_key", said.api_key)?,
+            api_key_file: said.api_key_file,
+            tls: tls(said.ssl_certfile, said.ssl_keyfile)?,
             allowed_origins: origins(said.allowed_origins)?,
             max_body_bytes: at_least_one("max_body_bytes", said.max_body_bytes)?.unwrap_or(d.max_body_bytes),
+            max_connections: connections(said.max_connections)?.unwrap_or(d.max_connections),
+            client_timeout: seconds("client_timeout", said.client_timeout)?.unwrap_or(d.client_timeout),
+            request_timeout: seconds("request_timeout", said.request_timeout)?,
             shutdown_timeout: said.shutdown_timeout.map_or(d.shutdown_timeout, Duration::from_secs),
-            max_model_len: match said.max_model_len {
-                Some(1) => {
-                    return Err(invalid("max_model_len", "must be at least 2: a prompt token and a new one"));
-                }
-                other => at_least_one("max_model_len", other)?,
-            },
+            web_page: !said.disable_web_page.unwrap_or(!d.web_page),
+            max_model_len: context(said.max_model_len)?,
             chat_template: said.chat_template,
             generation_config: said.generation_config.unwrap_or(d.generation_config),
             tool_call_parser: said.tool_call_parser.unwrap_or(d.tool_call_parser),
@@ -159,6 +194,7 @@ impl ServerConfig {
             log_level: said.log_level.unwrap_or(d.log_level),
             log_format: said.log_format.unwrap_or(d.log_format),
             log_requests: !said.disable_log_requests.unwrap_or(!d.log_requests),
+            otlp_traces_endpoint: collector(said.otlp_traces_endpoint)?,
         })
     }
 
@@ -171,9 +207,16 @@ impl ServerConfig {
             port: Some(self.port),
             served_model_name: listed(&self.served_model_name),
             api_key: listed(&self.api_key),
+            api_key_file: self.api_key_file.clone(),
+            ssl_certfile: self.tls.as_ref().map(|files| files.certificates.clone()),
+            ssl_keyfile: self.tls.as_ref().map(|files| files.key.clone()),
             allowed_origins: listed(&self.allowed_origins),
             max_body_bytes: Some(self.max_body_bytes),
+            max_connections: Some(self.max_connections),
+            client_timeout: Some(self.client_timeout.as_secs()),
+            request_timeout: self.request_timeout.map(|limit| limit.as_secs()),
             shutdown_timeout: Some(self.shutdown_timeout.as_secs()),
+            disable_web_page: Some(!self.web_page),
             max_model_len: self.max_model_len,
             chat_template: self.chat_template.clone(),
             generation_config: Some(self.generation_config),
@@ -196,6 +239,7 @@ impl ServerConfig {
             log_level: Some(self.log_level),
             log_format: Some(self.log_format),
             disable_log_requests: Some(!self.log_requests),
+            otlp_traces_endpoint: self.otlp_traces_endpoint.clone(),
         }
     }
 }
@@ -204,108 +248,5 @@ impl ServerConfig {
 impl fmt::Debug for ServerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&self.to_settings(), f)
-    }
-}
-
-/// Knobs that would have no effect are refused, not ignored.
-fn refuse(said: &Settings) -> Result<(), ConfigError> {
-    if said.tensor_parallel_size.is_some_and(|n| n != 1) {
-        return Err(invalid("tensor_parallel_size", "must be 1: a model runs on one device"));
-    }
-    Ok(())
-}
-
-fn invalid(key: &'static str, message: impl Into<String>) -> ConfigError {
-    ConfigError::Invalid { key, message: message.into() }
-}
-
-fn at_least_one(key: &'static str, value: Option<usize>) -> Result<Option<usize>, ConfigError> {
-    match value {
-        Some(0) => Err(invalid(key, "must be at least 1")),
-        other => Ok(other),
-    }
-}
-
-fn speculative(said: SpeculativeConfig) -> Result<SpeculativeConfig, ConfigError> {
-    let (longest, shortest) = said.lookup_lengths();
-    let message = match (said.num_speculative_tokens, longest, shortest) {
-        (0, ..) => "num_speculative_tokens must be at least 1",
-        (.., 0) => "prompt_lookup_min must be at least 1",
-        _ if shortest > longest => "prompt_lookup_min must be at most prompt_lookup_max",
-        _ => return Ok(said),
-    };
-    Err(invalid("speculative_config", message))
-}
-
-fn share(key: &'static str, value: Option<f64>) -> Result<Option<f64>, ConfigError> {
-    match value {
-        Some(share) if !(share > 0.0 && share <= 1.0) => Err(invalid(key, "must be above 0 and at most 1")),
-        other => Ok(other),
-    }
-}
-
-/// The most threads of the CPU backend: more than any machine has cores.
-const MAX_THREADS: usize = 1024;
-
-fn threads(value: Option<usize>) -> Result<Option<usize>, ConfigError> {
-    if value.is_some_and(|n| n > MAX_THREADS) {
-        return Err(invalid("threads", format!("must be at most {MAX_THREADS}")));
-    }
-    at_least_one("threads", value)
-}
-
-/// Origins as browsers send them: anything else would never match.
-fn origins(value: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
-    let value = names("allowed_origins", value)?;
-    match value.iter().find(|origin| *origin != "*" && !is_origin(origin)) {
-        Some(origin) => {
-            let message = format!("'{origin}' must be * or an origin: https://example.com, without a path");
-            Err(invalid("allowed_origins", message))
-        }
-        None => Ok(value),
-    }
-}
-
-/// `scheme://host`, with a port or without.
-fn is_origin(text: &str) -> bool {
-    text.split_once("://").is_some_and(|(scheme, host)| {
-        !scheme.is_empty()
-            && !host.is_empty()
-            && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
-            && host.bytes().all(|b| b.is_ascii_graphic() && !b"/?#@*,".contains(&b))
-    })
-}
-
-fn names(key: &'static str, value: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
-    let value = value.unwrap_or_default();
-    if value.iter().any(String::is_empty) {
-        return Err(invalid(key, "must not be empty"));
-    }
-    Ok(value)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn origins_are_checked() {
-        for (origin, fine) in [
-            ("*", true),
-            ("https://a.example", true),
-            ("http://localhost:3000", true),
-            ("a.example", false),
-            ("https://a.example/", false),
-            ("https://*.example", false),
-            ("https://é.example", false),
-        ] {
-            assert_eq!(origins(Some(vec![origin.to_owned()])).is_ok(), fine, "{origin}");
-        }
-    }
-
-    #[test]
-    fn threads_are_bounded() {
-        assert_eq!(threads(Some(1024)).unwrap(), Some(1024));
-        assert!(threads(Some(1025)).is_err() && threads(Some(0)).is_err());
     }
 }

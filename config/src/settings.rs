@@ -1,13 +1,12 @@
 //! What was said: the same knobs in the file, the environment and the flags.
 
 use std::net::{AddrParseError, IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kernels::KvCacheDtype;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::error::ConfigError;
 use crate::values::{
     DeviceChoice, GenerationConfig, LogFormat, LogLevel, ReasoningParser, SchedulingPolicy,
     SpeculativeConfig, ToolCallParser, kv_cache_dtype,
@@ -56,6 +55,21 @@ pub struct Settings {
     #[serde(skip_serializing)]
     pub api_key: Option<Vec<String>>,
 
+    /// File with more of them, one per line; # begins a comment. Read again when it changes, and at SIGHUP
+    #[arg(long, env = "MXSERVE_API_KEY_FILE", value_name = "FILE", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// PEM file with the certificate chain, for HTTPS. Read again, with the key, when it changes, and at SIGHUP
+    #[arg(long, env = "MXSERVE_SSL_CERTFILE", value_name = "FILE", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// PEM file with the certificate's private key
+    #[arg(long, env = "MXSERVE_SSL_KEYFILE", value_name = "FILE", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssl_keyfile: Option<PathBuf>,
+
     /// Origins that browsers may call from; * for all
     #[arg(
         long,
@@ -72,10 +86,38 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_body_bytes: Option<usize>,
 
+    /// Connections at a time; more wait until one closes [default: 4096]
+    #[arg(long, env = "MXSERVE_MAX_CONNECTIONS", value_name = "N", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<usize>,
+
+    /// Seconds that a client may take to send a request's headers, then its body, and to take what it is sent; an idle
+    /// connection is closed after as long [default: 60]
+    #[arg(long, env = "MXSERVE_CLIENT_TIMEOUT", value_name = "SECS", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_timeout: Option<u64>,
+
+    /// Seconds from a request to the end of its answer; what takes longer is ended with an error [default: no limit]
+    #[arg(long, env = "MXSERVE_REQUEST_TIMEOUT", value_name = "SECS", help_heading = "HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_timeout: Option<u64>,
+
     /// Seconds that running requests may take to finish after SIGTERM or SIGINT [default: 30]
     #[arg(long, env = "MXSERVE_SHUTDOWN_TIMEOUT", value_name = "SECS", help_heading = "HTTP")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shutdown_timeout: Option<u64>,
+
+    /// No web page at /
+    #[arg(
+        long,
+        env = "MXSERVE_DISABLE_WEB_PAGE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "HTTP"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disable_web_page: Option<bool>,
 
     /// Longest sequence, prompt and answer together [default: the model's context]
     #[arg(long, env = "MXSERVE_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
@@ -223,6 +265,11 @@ pub struct Settings {
     )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disable_log_requests: Option<bool>,
+
+    /// Send a trace of each request to this OTLP collector, over HTTP: http://localhost:4318 [default: none]
+    #[arg(long, env = "MXSERVE_OTLP_TRACES_ENDPOINT", value_name = "URL", help_heading = "Logging")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 /// API keys are not shown.
@@ -242,36 +289,7 @@ fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
     text.map(|text| address(&text).map_err(D::Error::custom)).transpose()
 }
 
-/// A parser's error on one line: where, which key, what. A text of the file is not shown: it may be a secret.
-fn describe(text: &str, error: &toml::de::Error) -> String {
-    let message = error.message().trim().replace('\n', ", ");
-    let shown = match (message.find("string \""), message.rfind("\", expected")) {
-        (Some(from), Some(to)) if from < to => format!("{}a string{}", &message[..from], &message[to + 1..]),
-        _ => message,
-    };
-    let Some(span) = error.span() else { return shown };
-    let before = text.get(..span.start).unwrap_or(text);
-    let line = before.matches('\n').count();
-    let key = text.lines().nth(line).and_then(|line| line.split_once('=')).map(|(key, _)| key.trim());
-    let is_bare = |key: &&str| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') && !key.is_empty();
-    match key.filter(is_bare).filter(|key| !shown.contains(*key)) {
-        Some(key) => format!("line {}: {key}: {shown}", line + 1),
-        None => format!("line {}: {shown}", line + 1),
-    }
-}
-
 impl Settings {
-    /// Reads a TOML file.
-    ///
-    /// # Errors
-    /// The file cannot be read, is not TOML, has a key that is no knob, or a value of the wrong type.
-    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text)
-            .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: describe(&text, &e) })
-    }
-
     /// `self` where it is set, else `lower`.
     #[must_use]
     pub fn or(self, lower: Self) -> Self {
@@ -284,9 +302,16 @@ impl Settings {
             port,
             served_model_name,
             api_key,
+            api_key_file,
+            ssl_certfile,
+            ssl_keyfile,
             allowed_origins,
             max_body_bytes,
+            max_connections,
+            client_timeout,
+            request_timeout,
             shutdown_timeout,
+            disable_web_page,
             max_model_len,
             chat_template,
             tool_call_parser,
@@ -309,6 +334,7 @@ impl Settings {
             log_level,
             log_format,
             disable_log_requests,
+            otlp_traces_endpoint,
         )
     }
 }
@@ -316,28 +342,6 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn errors_of_a_file_are_one_line_without_its_texts() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("server.toml");
-        let cases = [
-            ("port = 1\napi_key = \"hush\"\n", "line 2: api_key: "),
-            ("api_key = [\"hush\", 5]\n", "line 1: api_key: "),
-            ("port = \"hush\"\n", "line 1: port: "),
-            ("hosts = \"hush\"\n", "line 1: unknown field `hosts`"),
-            ("api_key = [\"hush\"\n", "line "),
-            ("host = \"hush\"\n", "line 1: host: "),
-            ("kv_cache_dtype = \"hush\"\n", "line 1: kv_cache_dtype: expected auto, bf16, "),
-        ];
-        for (text, start) in cases {
-            std::fs::write(&path, text).unwrap();
-            let error = Settings::from_file(&path).unwrap_err().to_string();
-            let error = error.strip_prefix(&format!("{}: ", path.display())).unwrap();
-            assert!(error.starts_with(start), "{error}");
-            assert!(!error.contains('\n') && !error.contains("hush"), "{error}");
-        }
-    }
 
     #[test]
     fn localhost_is_an_address() {

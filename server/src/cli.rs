@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::builder::Resettable;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use config::{ConfigError, ServerConfig, Settings};
 
 use crate::bench::BenchArgs;
@@ -39,7 +39,10 @@ pub struct Serve {
 pub enum Command {
     /// Get a small model, convert it to MXFP6 and serve it on 127.0.0.1:8000
     Demo(Serve),
-    /// Print the settings that would be used, as a --config file, and check them
+    /// Check the settings and the files that they name, and print the settings with the source of each
+    ///
+    /// Standard output is a --config file with what would be used, API keys left out; standard error says what is wrong.
+    /// Exit code 0: the server would start; 1: it would not; 2: the command line is wrong.
     CheckConfig(Serve),
     /// Measure how fast a model runs: offline as llama-bench does, or a server over HTTP with --url
     Bench(Box<BenchArgs>),
@@ -49,12 +52,13 @@ pub enum Command {
 const SERVICE_LINK: &[u8] = b"tcp://";
 
 impl Cli {
-    /// The command line and the environment of this process; ends the process when they are wrong, or ask for help.
-    pub fn from_process() -> Self {
+    /// The command line and the environment of this process, also as they were matched; ends the process when they are wrong, or ask for help.
+    pub fn from_process() -> (Self, ArgMatches) {
         let link = std::env::var_os("MXSERVE_PORT")
             .is_some_and(|value| value.as_encoded_bytes().starts_with(SERVICE_LINK));
         let command = if link { without_port_variable(Self::command()) } else { Self::command() };
-        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+        let matches = command.get_matches();
+        (Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()), matches)
     }
 }
 

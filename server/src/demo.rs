@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -144,7 +144,7 @@ impl Demo {
     }
 
     /// A command to try.
-    pub fn hint(&self, address: SocketAddr, needs_key: bool) -> String {
+    pub fn hint(&self, url: &str, needs_key: bool) -> String {
         let (path, body) = match self.model {
             DemoModel::SmolLm2 => (
                 "chat/completions",
@@ -156,7 +156,7 @@ impl Demo {
             ),
         };
         let key = if needs_key { " -H 'Authorization: Bearer KEY'" } else { "" };
-        format!("try      curl{key} http://{address}/v1/{path} -d '{body}'\n")
+        format!("try      curl{key} {url}/v1/{path} -d '{body}'\n")
     }
 }
 
@@ -299,11 +299,11 @@ mod tests {
 
     #[test]
     fn hints() {
-        let address = "127.0.0.1:8000".parse().unwrap();
+        let url = "http://127.0.0.1:8000";
         let demo = Demo { model: DemoModel::SmolLm2, folder: "f".into() };
-        assert!(demo.hint(address, false).contains("curl http://127.0.0.1:8000/v1/chat/completions -d '{"));
-        assert!(demo.hint(address, true).contains("Bearer KEY"));
-        let body = demo.hint(address, false);
+        assert!(demo.hint(url, false).contains("curl http://127.0.0.1:8000/v1/chat/completions -d '{"));
+        assert!(demo.hint(url, true).contains("Bearer KEY"));
+        let body = demo.hint(url, false);
         let body = body.split('\'').nth(1).unwrap();
         serde_json::from_str::<serde_json::Value>(body).unwrap();
     }

@@ -4,6 +4,7 @@
 
 pub mod answer;
 pub mod bench;
+pub mod check_config;
 pub mod cli;
 pub mod demo;
 mod device;
@@ -11,6 +12,9 @@ pub mod engine;
 pub mod grammar;
 pub mod http;
 pub mod model;
+pub mod net;
+mod reload;
+mod secrets;
 pub mod serve;
 mod startup;
 pub mod telemetry;

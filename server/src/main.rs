@@ -7,15 +7,17 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use clap::ArgMatches;
 use config::{LogFormat, ServerConfig};
 use server::cli::{Cli, Command};
 use server::serve::{announce, serve, stop_signal};
-use server::{bench, demo};
+use server::{bench, check_config, demo};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    match run(Cli::from_process()) {
-        Ok(()) => ExitCode::SUCCESS,
+    let (cli, matches) = Cli::from_process();
+    match run(cli, &matches) {
+        Ok(code) => code,
         Err(error) => {
             // Nothing can be done when even standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", describe(&error));
@@ -39,12 +41,13 @@ fn describe(error: &anyhow::Error) -> String {
     said
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
     match cli.command {
         None => {
             let config = cli.serve.resolve()?;
             init_log(&config)?;
-            serve_until_signal(config, |_| String::new())
+            serve_until_signal(config, |_| String::new())?;
+            Ok(ExitCode::SUCCESS)
         }
         Some(Command::Demo(arguments)) => {
             let config = arguments.resolve_over(demo::defaults())?;
@@ -54,39 +57,38 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
             init_log(&config)?;
             let demo = demo::prepare()?;
-            let needs_key = !config.api_key.is_empty();
-            serve_until_signal(demo.configure(config), move |address| demo.hint(address, needs_key))
+            let needs_key = !config.api_key.is_empty() || config.api_key_file.is_some();
+            serve_until_signal(demo.configure(config), move |url| demo.hint(url, needs_key))?;
+            Ok(ExitCode::SUCCESS)
         }
         Some(Command::CheckConfig(arguments)) => {
-            let config = arguments.resolve()?;
-            let text =
-                toml::to_string(&config.to_settings()).context("the settings cannot be written as TOML")?;
-            std::io::stdout().write_all(text.as_bytes()).context("standard output")?;
-            if !config.api_key.is_empty() {
-                // As for errors.
-                let _ =
-                    writeln!(std::io::stderr(), "note: {} API keys are not printed", config.api_key.len());
-            }
-            Ok(())
+            let matches = matches.subcommand_matches("check-config").unwrap_or(matches);
+            let report = check_config::check(arguments, matches)?;
+            std::io::stdout().write_all(report.settings.as_bytes()).context("standard output")?;
+            // As for errors.
+            let _ = std::io::stderr().write_all(report.remarks().as_bytes());
+            Ok(if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Some(Command::Bench(arguments)) => Ok(bench::run(*arguments)?),
+        Some(Command::Bench(arguments)) => {
+            bench::run(*arguments)?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
-/// Serves; prints the table and the `hint` for its address when the model is loaded.
-fn serve_until_signal(
-    config: ServerConfig,
-    hint: impl FnOnce(SocketAddr) -> String + Send,
-) -> anyhow::Result<()> {
+/// Serves; prints the table and the `hint` for its URL when the model is loaded.
+fn serve_until_signal(config: ServerConfig, hint: impl FnOnce(&str) -> String + Send) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
     let served = runtime.block_on(async {
         let stop = stop_signal().context("cannot listen to signals")?;
-        let ready = move |address, model: &_| {
+        let scheme = if config.tls.is_some() { "https" } else { "http" };
+        let ready = move |address: SocketAddr, model: &_| {
+            let url = format!("{scheme}://{address}");
             // A closed standard output is no reason not to serve.
-            let _ = announce(address, model, &hint(address));
+            let _ = announce(&url, model, &hint(&url));
         };
         serve(config, stop, ready).await.map_err(anyhow::Error::from)
     });

@@ -97,12 +97,20 @@ pub fn served_names(config: &ServerConfig, folder: &Path) -> Vec<String> {
     names
 }
 
-impl ServedModel {
-    /// Loads the model in `folder`; takes as long as reading it.
+/// A model's folder, read as far as it can be without its weights.
+pub(crate) struct Opened {
+    checkpoint: Checkpoint,
+    tokenizer: Option<Arc<Tokenizer>>,
+    chat_template: Result<ChatTemplate, String>,
+    defaults: GenerationConfig,
+}
+
+impl Opened {
+    /// Reads and checks everything but the weights.
     ///
     /// # Errors
     /// See [`LoadError`].
-    pub fn load(config: &ServerConfig, folder: &Path, telemetry: &Arc<Telemetry>) -> Result<Self, LoadError> {
+    pub(crate) fn open(config: &ServerConfig, folder: &Path) -> Result<Self, LoadError> {
         if !folder.exists() {
             return Err(LoadError::NoFolder(folder.to_owned()));
         }
@@ -118,6 +126,17 @@ impl ServedModel {
             defaults =
                 GenerationConfig { eos_token_ids: defaults.eos_token_ids, ..GenerationConfig::default() };
         }
+        Ok(Self { checkpoint, tokenizer, chat_template, defaults })
+    }
+}
+
+impl ServedModel {
+    /// Loads the model in `folder`; takes as long as reading it.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load(config: &ServerConfig, folder: &Path, telemetry: &Arc<Telemetry>) -> Result<Self, LoadError> {
+        let Opened { checkpoint, tokenizer, chat_template, defaults } = Opened::open(config, folder)?;
         let device = device::choose(config);
         let observer = Box::new(EngineMetrics::new(telemetry));
         let engine = EngineHandle::start(engine_options(config, device)?, observer, move || {

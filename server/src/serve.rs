@@ -3,20 +3,22 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use axum::serve::ListenerExt;
 use config::ServerConfig;
+use opentelemetry_otlp::ExporterBuildError;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::engine::EngineHandle;
-use crate::http::{App, router};
+use crate::http::{App, KeyFileError, router};
 use crate::model::{LoadError, ServedModel, served_names};
+use crate::net::{self, Limits, TlsError};
+use crate::secrets::Secrets;
 use crate::startup;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Telemetry, Traces};
 
-/// How long connections may take to end after the last answer.
+/// How long connections may take at least to end after the last answer.
 const CLOSING_TIME: Duration = Duration::from_secs(5);
 
 /// Why the server did not serve, or stopped.
@@ -33,6 +35,15 @@ pub enum ServeError {
         /// Why: another process has the port.
         source: std::io::Error,
     },
+    /// The certificate or its key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The file of API keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
+    /// Traces cannot be sent.
+    #[error("--otlp-traces-endpoint: {0}")]
+    Traces(#[from] ExporterBuildError),
     /// The model cannot be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -65,29 +76,30 @@ pub async fn serve(
     let folder = config.model.clone().ok_or(ServeError::NoModel)?;
     let address = SocketAddr::new(config.host, config.port);
     let bind = |source| ServeError::Bind { address, source };
+    let mut secrets = Secrets::load(&config)?;
+    let reloading = secrets.watch()?;
     let listener = TcpListener::bind(address).await.map_err(bind)?;
     let address = listener.local_addr()?;
-    // Tokens are sent when they are there, not when a packet is full.
-    let listener = listener.tap_io(|connection| {
-        if let Err(error) = connection.set_nodelay(true) {
-            tracing::debug!("TCP_NODELAY: {error}");
-        }
-    });
 
     let name = served_names(&config, &folder).swap_remove(0);
     let telemetry = Arc::new(Telemetry::new(&name)?);
+    let traces = config.otlp_traces_endpoint.as_deref().map(Traces::start).transpose()?.map(Arc::new);
     let shutdown_timeout = config.shutdown_timeout;
-    let app = Arc::new(App::new(config, telemetry));
+    let limits = Limits { max_connections: config.max_connections, client_timeout: config.client_timeout };
+    net::allow_files(limits);
+    let app = Arc::new(App::new(config, secrets.keys, telemetry).traced(traces.clone()));
     let (close, closed) = oneshot::channel::<()>();
     let routes = router(Arc::clone(&app));
-    let server = async move {
-        let closing = async move {
-            // An error is the other end dropped: closing as well.
-            let _ = closed.await;
-        };
-        axum::serve(listener, routes).with_graceful_shutdown(closing).await
+    let closing = async move {
+        // An error is the other end dropped: closing as well.
+        let _ = closed.await;
     };
-    let mut server = tokio::spawn(server);
+    let mut server = tokio::spawn(async move {
+        tokio::select! {
+            () = net::serve(listener, routes, secrets.tls, limits, closing) => {}
+            () = reloading => {}
+        }
+    });
     let mut stop = std::pin::pin!(stop);
 
     let loading = {
@@ -97,7 +109,7 @@ pub async fn serve(
     let model = tokio::select! {
         model = loading => Arc::new(model??),
         () = &mut stop => return Ok(()),
-        ended = &mut server => return ended?.map_err(ServeError::Io),
+        ended = &mut server => return ended.map_err(ServeError::Task),
     };
     app.serve(Arc::clone(&model));
     ready(address, &model);
@@ -105,15 +117,22 @@ pub async fn serve(
     let died = tokio::select! {
         () = &mut stop => false,
         () = death(&model.engine) => true,
-        ended = &mut server => return ended?.map_err(ServeError::Io),
+        ended = &mut server => return ended.map_err(ServeError::Task),
     };
     if died {
         return Err(ServeError::EngineDied);
     }
+    let deadline = Instant::now() + shutdown_timeout;
     drain(&model.engine, shutdown_timeout).await?;
     drop(close);
-    match tokio::time::timeout(CLOSING_TIME, server).await {
-        Ok(ended) => Ok(ended??),
+    // What is answered has still to be taken: a client that reads slowly has the rest of the time.
+    let left = deadline.saturating_duration_since(Instant::now()).max(CLOSING_TIME);
+    let ended = tokio::time::timeout(left, server).await;
+    if let Some(traces) = traces {
+        tokio::task::spawn_blocking(move || traces.shutdown()).await?;
+    }
+    match ended {
+        Ok(ended) => Ok(ended?),
         Err(_) => Ok(()),
     }
 }
@@ -164,15 +183,15 @@ pub fn stop_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
     })
 }
 
-/// What is printed once the model serves: the table, the address, and `hint`.
+/// What is printed once the model serves: the table, the server's `url`, and `hint`.
 ///
 /// # Errors
 /// Standard output is closed.
-pub fn announce(address: SocketAddr, model: &ServedModel, hint: &str) -> std::io::Result<()> {
+pub fn announce(url: &str, model: &ServedModel, hint: &str) -> std::io::Result<()> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     write!(out, "{}", startup::table(model))?;
-    writeln!(out, "serving  http://{address}/v1  (model '{}')", model.names[0])?;
+    writeln!(out, "serving  {url}/v1  (model '{}')", model.names[0])?;
     write!(out, "{hint}")?;
     out.flush()
 }

@@ -1,6 +1,6 @@
 //! The table that is printed when a model serves: what runs, how, and what it takes.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use kernels::mx::Scheme;
 use kernels::{Component, KV_BLOCK_TOKENS};
@@ -18,53 +18,102 @@ pub(crate) fn table(model: &ServedModel) -> String {
     out
 }
 
-fn describe(out: &mut String, name: &str, info: &EngineInfo) -> std::fmt::Result {
+fn describe(out: &mut String, name: &str, info: &EngineInfo) -> fmt::Result {
     writeln!(out, "model    {name}, {} parameters, on {}", count(info.parameters), info.backend)?;
+    layers(out, info)?;
+    memory(out, info)?;
+    let tokens = info.kv_blocks * KV_BLOCK_TOKENS;
+    let whole = tokens / info.max_model_len.max(1);
+    writeln!(
+        out,
+        "limits   {} at a time, of up to {} tokens each; {whole} of that length fit into the KV cache",
+        plural(info.max_num_seqs, "sequence"),
+        info.max_model_len,
+    )
+}
+
+/// A line per group of layers: what is declared, what runs.
+fn layers(out: &mut String, info: &EngineInfo) -> fmt::Result {
     let header =
-        ["layers", "group", "declared", "executed", "kernel", "size", "bits/parameter"].map(str::to_owned);
+        ["layers", "group", "declared", "executed", "kernel", "bits/parameter", "size"].map(str::to_owned);
     let rows: Vec<_> = std::iter::once(header).chain(info.linears.iter().map(row)).collect();
     let widths: [usize; 7] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
     for row in rows {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        writeln!(out, "  {}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+        write!(out, " ")?;
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            match column {
+                1..=4 => write!(out, "  {cell:width$}")?,
+                _ => write!(out, "  {cell:>width$}")?,
+            }
+        }
+        writeln!(out)?;
     }
-    let part =
-        |component: Component| format!("{} {}", component.label(), bytes(info.memory.bytes(component)));
-    writeln!(out, "memory   {}", Component::ALL.map(part).join(", "))?;
+    if info.linears.iter().any(differs) {
+        writeln!(out, "  * not the scheme that the checkpoint declares")?;
+    }
+    Ok(())
+}
+
+/// A line per component, and their sum.
+fn memory(out: &mut String, info: &EngineInfo) -> fmt::Result {
     let footprint = Footprint::of(info);
-    write!(out, "weights  {}, {:.2} times less than BF16", bytes(footprint.bytes), footprint.ratio())?;
-    match footprint.bits_per_parameter() {
-        Some(bits) => writeln!(out, "; {bits:.2} bits per MX parameter")?,
-        None => writeln!(out)?,
-    }
-    writeln!(
-        out,
-        "kv cache {} tokens ({} blocks of {KV_BLOCK_TOKENS}) in {}, {:.2} bits/element, by {}; \
-         sequences of up to {} tokens, {} at a time",
+    let bits = footprint.bits_per_parameter().map(|bits| format!("; {bits:.2} bits per MX parameter"));
+    let parameters = format!(
+        "parameters, all: {}, {:.2} times less than BF16{}",
+        bytes(footprint.bytes),
+        footprint.ratio(),
+        bits.unwrap_or_default()
+    );
+    let cache = format!(
+        "{} tokens: {} blocks of {KV_BLOCK_TOKENS} in {}, {:.2} bits/element, by {}",
         info.kv_blocks * KV_BLOCK_TOKENS,
         info.kv_blocks,
         info.kv_cache_dtype,
         info.kv_cache_dtype.bits_per_element(),
         info.attention_kernel,
-        info.max_model_len,
-        info.max_num_seqs,
-    )
+    );
+    writeln!(out, "memory")?;
+    let mut total = 0;
+    for component in Component::ALL {
+        let held = info.memory.bytes(component);
+        total += held;
+        let remark = match component {
+            Component::Unquantized => parameters.as_str(),
+            Component::KvCache => cache.as_str(),
+            _ => "",
+        };
+        let line = format!("  {:<12} {:>10}  {remark}", component.label(), bytes(held));
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    writeln!(out, "  {:<12} {:>10}", "total", bytes(total))
 }
 
-fn row(LinearKernel { linear, kernel }: &LinearKernel) -> [String; 7] {
+/// Whether a device computes another scheme than the declared one.
+fn differs(LinearKernel { linear, kernel }: &LinearKernel) -> bool {
+    linear.scheme != kernel.executed
+}
+
+fn row(layer: &LinearKernel) -> [String; 7] {
+    let LinearKernel { linear, kernel } = layer;
     let name =
         |scheme: Option<Scheme>| scheme.map_or_else(|| "unquantized".to_owned(), |scheme| scheme.to_string());
     let bits = linear.bytes as f64 * 8.0 / linear.parameters.max(1) as f64;
+    let mark = if differs(layer) { " *" } else { "" };
     [
         linear.layers.to_string(),
         linear.group.clone(),
         name(linear.scheme),
-        name(kernel.executed),
+        format!("{}{mark}", name(kernel.executed)),
         kernel.name.clone(),
-        bytes(linear.bytes),
         format!("{bits:.2}"),
+        bytes(linear.bytes),
     ]
+}
+
+/// `1 sequence`, `2 sequences`.
+fn plural(count: usize, word: &str) -> String {
+    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }
 
 /// `134.5 M`.
@@ -140,12 +189,25 @@ mod tests {
         };
         let mut out = String::new();
         describe(&mut out, "m", &info).unwrap();
-        let lines: Vec<&str> = out.lines().collect();
-        assert_eq!(lines.len(), 7);
-        assert!(lines[2].contains("mxfp4:mxfp6_e2m3") && lines[2].ends_with("4.25"), "{}", lines[2]);
-        assert!(lines[2].contains("mxfp4:mxfp8_e4m3"), "{}", lines[2]);
-        assert!(lines[3].contains("lm_head") && lines[3].contains("unquantized"), "{}", lines[3]);
-        assert!(lines[6].contains("1600 tokens") && lines[6].contains("2048"), "{}", lines[6]);
-        assert!(lines[6].contains("in mxfp8, 8.25 bits/element, by cpu_mxfp8"), "{}", lines[6]);
+        let line = |start: &str| out.lines().find(|line| line.trim_start().starts_with(start)).unwrap();
+        let packed = line("30  q_proj");
+        assert!(packed.contains("mxfp4:mxfp6_e2m3  mxfp4:mxfp8_e4m3 *"), "{packed}");
+        assert!(packed.contains("4.25") && packed.ends_with("544.0 KiB"), "{packed}");
+        let head = line("30  lm_head");
+        assert!(head.contains("unquantized") && !head.contains('*'), "{head}");
+        assert!(out.contains("* not the scheme that the checkpoint declares"), "{out}");
+        let cache = line("kv_cache");
+        assert!(
+            cache.contains("1600 tokens: 100 blocks of 16 in mxfp8, 8.25 bits/element, by cpu_mxfp8"),
+            "{cache}"
+        );
+        assert_eq!(
+            line("limits"),
+            "limits   8 sequences at a time, of up to 2048 tokens each; 0 of that length fit into the KV cache"
+        );
+        for component in Component::ALL {
+            line(component.label());
+        }
+        assert!(line("total").ends_with("0 B"));
     }
 }

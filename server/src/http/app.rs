@@ -6,16 +6,19 @@ use std::sync::{Arc, OnceLock};
 use config::ServerConfig;
 use tokio::sync::Semaphore;
 
+use super::auth::ApiKeys;
 use super::error::ApiError;
 use super::responses::ResponseStore;
 use crate::model::ServedModel;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Telemetry, Traces};
 
 /// The server's state: it answers from the start, and has a model once that is loaded.
 #[derive(Debug)]
 pub struct App {
     config: ServerConfig,
+    keys: Arc<ApiKeys>,
     telemetry: Arc<Telemetry>,
+    traces: Option<Arc<Traces>>,
     model: OnceLock<Arc<ServedModel>>,
     responses: ResponseStore,
     /// A permit per processor: more preparations at once would only hold more memory.
@@ -24,15 +27,24 @@ pub struct App {
 
 impl App {
     /// A server whose model is still to come.
-    pub fn new(config: ServerConfig, telemetry: Arc<Telemetry>) -> Self {
+    pub fn new(config: ServerConfig, keys: Arc<ApiKeys>, telemetry: Arc<Telemetry>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             config,
+            keys,
             telemetry,
+            traces: None,
             model: OnceLock::new(),
             responses: ResponseStore::default(),
             preparations: Semaphore::new(processors),
         }
+    }
+
+    /// The same, sending a trace of each request.
+    #[must_use]
+    pub(crate) fn traced(mut self, traces: Option<Arc<Traces>>) -> Self {
+        self.traces = traces;
+        self
     }
 
     /// The model is loaded: from now on requests are taken. Only the first call has an effect.
@@ -43,6 +55,16 @@ impl App {
     /// The configuration.
     pub fn config(&self) -> &ServerConfig {
         &self.config
+    }
+
+    /// The keys that open `/v1`.
+    pub(super) fn keys(&self) -> &ApiKeys {
+        &self.keys
+    }
+
+    /// Where traces go, if anywhere.
+    pub(super) fn traces(&self) -> Option<&Arc<Traces>> {
+        self.traces.as_ref()
     }
 
     /// The metrics.

@@ -63,6 +63,7 @@ pub(super) async fn chat(
 
 /// A checked request.
 pub(super) struct Chat {
+    request_id: RequestId,
     model: Arc<ServedModel>,
     served_name: String,
     messages: Vec<Map<String, Value>>,
@@ -106,6 +107,7 @@ impl Chat {
         require("max_tokens", fields.max_tokens != Some(0), "at least 1")?;
         check_messages(&fields.messages)?;
         Ok(Self {
+            request_id: request_id.clone(),
             model,
             served_name,
             messages: fields.messages,
@@ -152,7 +154,8 @@ impl Chat {
             prompt_logprobs: plan.prompt_logprobs,
         });
         let generation =
-            Generation::start(&model, app.telemetry(), &plan, requests.collect(), prompt.ids.len())?;
+            Generation::start(&model, app.telemetry(), &plan, requests.collect(), prompt.ids.len())?
+                .recorded(&self.request_id);
         let parser = || {
             let mut parser = AnswerParser::new();
             if model.reasons {

@@ -88,7 +88,8 @@ pub(super) async fn complete(
     let id = format!("cmpl-{request_id}");
     let requests = completion.requests(&id)?;
     let generation =
-        Generation::start(&model, app.telemetry(), &completion.plan, requests, completion.prompt_tokens())?;
+        Generation::start(&model, app.telemetry(), &completion.plan, requests, completion.prompt_tokens())?
+            .recorded(&request_id);
     let answer = Answer { id, created: super::unix_time(), model: served_name, completion, generation };
     match streaming {
         None => answer.whole().await.map(|whole| Json(whole).into_response()),

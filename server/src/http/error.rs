@@ -39,6 +39,18 @@ pub enum ApiError {
         /// The limit.
         limit: usize,
     },
+    /// The body did not arrive within `client_timeout`.
+    #[error("the request body did not arrive within {limit_secs} seconds")]
+    BodyTimeout {
+        /// The limit.
+        limit_secs: u64,
+    },
+    /// The answer was not finished within `request_timeout`.
+    #[error("the request took longer than the {limit_secs} seconds that this server allows")]
+    Timeout {
+        /// The limit.
+        limit_secs: u64,
+    },
     /// The queue is full.
     #[error("the server is overloaded: {queued} requests are waiting; try again later")]
     Overloaded {
@@ -95,6 +107,8 @@ impl ApiError {
             }
             Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "BadRequestError"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "BadRequestError"),
+            Self::BodyTimeout { .. } => (StatusCode::REQUEST_TIMEOUT, "BadRequestError"),
+            Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TimeoutError"),
             Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
             Self::Loading | Self::ShuttingDown | Self::Unhealthy => {
                 (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError")

@@ -8,11 +8,12 @@ use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::error::ApiError;
+use super::request_id::RequestId;
 use super::sampling::SamplingPlan;
 use super::usage::Usage;
 use crate::engine::{FinishReason, GenerateRequest, SubmitError, TokenEvent};
 use crate::model::ServedModel;
-use crate::telemetry::{Outcome, Telemetry};
+use crate::telemetry::{Outcome, Recorder, Telemetry};
 use crate::tokenizer::{Detokenizer, StopMatcher};
 
 /// One thing that a sequence brings forth.
@@ -73,6 +74,7 @@ pub(super) struct Generation {
     usage: Usage,
     /// Sequences per prompt.
     n: usize,
+    recorder: Recorder,
 }
 
 impl Generation {
@@ -88,6 +90,7 @@ impl Generation {
             .iter()
             .map(|request| (request.id.clone(), request.prompt.clone(), request.stop.min_tokens))
             .collect();
+        let recorder = Recorder::new(&model.names[0], &requests, prompt_tokens);
         let channels = model.engine.submit_all(requests).map_err(|error| {
             telemetry.rejected(&error);
             match error {
@@ -117,7 +120,18 @@ impl Generation {
                 .map(move |output| (index, output))
                 .boxed()
         });
-        Ok(Self { outputs: stream::select_all(streams), usage: Usage::new(prompt_tokens), n: plan.n })
+        Ok(Self {
+            outputs: stream::select_all(streams),
+            usage: Usage::new(prompt_tokens),
+            n: plan.n,
+            recorder,
+        })
+    }
+
+    /// Notes what was generated in the request's record when it has ended.
+    pub(super) fn recorded(mut self, request_id: &RequestId) -> Self {
+        self.recorder.write_to(request_id.record());
+        self
     }
 
     /// The next output of any sequence, with the sequence's index; `None` when all have ended.
@@ -126,10 +140,15 @@ impl Generation {
         if let Ok(Output::Delta(delta)) = &output {
             if delta.token.is_some() {
                 self.usage.add_token();
+                self.recorder.token();
+            }
+            if let Some(finish) = &delta.finish {
+                self.recorder.finished(finish.reason);
             }
             // The sequences of a prompt share it; what the first of them found counts.
             if let Some(finish) = delta.finish.as_ref().filter(|_| index.is_multiple_of(self.n)) {
                 self.usage.add_cached(finish.cached_tokens);
+                self.recorder.cached(finish.cached_tokens);
             }
         }
         Some(output.map(|output| (index, output)))

@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -66,6 +66,10 @@ impl JsonBody {
     }
 }
 
+fn declared_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// The field of serde's "missing field `prompt`".
 fn missing_field(error: &serde_json::Error) -> Option<String> {
     let message = error.to_string();
@@ -77,12 +81,18 @@ impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let bytes = Bytes::from_request(request, app).await.map_err(|rejection| {
+        let most = app.config().max_body_bytes;
+        // Said at once, before anything of the body is waited for.
+        if declared_length(request.headers()).is_some_and(|length| length > most as u64) {
+            return Err(ApiError::BodyTooLarge { limit: most });
+        }
+        let limit = app.config().client_timeout;
+        let received = tokio::time::timeout(limit, Bytes::from_request(request, app)).await;
+        let received = received.map_err(|_| ApiError::BodyTimeout { limit_secs: limit.as_secs() })?;
+        let bytes = received.map_err(|rejection| {
             let message = rejection.body_text();
             match rejection.into_response().status() {
-                StatusCode::PAYLOAD_TOO_LARGE => {
-                    ApiError::BodyTooLarge { limit: app.config().max_body_bytes }
-                }
+                StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge { limit: most },
                 _ => ApiError::BadRequest { message, param: None },
             }
         })?;

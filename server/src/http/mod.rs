@@ -1,5 +1,6 @@
 //! The HTTP API: one endpoint per file, with its fields, its handler and its tests.
 
+mod access_log;
 mod app;
 mod auth;
 mod chat;
@@ -7,6 +8,7 @@ mod chat_answer;
 mod chat_messages;
 mod check;
 mod completions;
+mod deadline;
 mod detokenize;
 mod error;
 mod generation;
@@ -38,11 +40,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{HeaderValue, Method, Uri};
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 pub use app::App;
+pub use auth::{ApiKeys, KeyFileError};
 pub use error::ApiError;
 
 /// Every route of the server.
@@ -70,8 +73,10 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(from_fn_with_state(Arc::clone(&app), deadline::limit))
         .layer(from_fn_with_state(Arc::clone(&app), auth::authorize))
-        .layer(from_fn_with_state(Arc::clone(&app), request_id::identify))
+        .layer(from_fn_with_state(Arc::clone(&app), access_log::tell))
+        .layer(from_fn(request_id::identify))
         .layer(cors)
         .with_state(app)
 }

@@ -1,17 +1,17 @@
-//! `x-request-id`: taken from the client or made up, in the log, in the answer's id and header.
+//! `x-request-id`: taken from the client or made up, in the log, in the answer's id and header. It carries what is noted
+//! about the request while it is answered.
 
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::App;
+use crate::telemetry::Record;
 
 /// The header, of requests and of answers.
 pub(super) const HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -20,7 +20,7 @@ pub(super) const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_LEN: usize = 128;
 
 /// The id of a request. Clones are the same id, also after [`adopt`](RequestId::adopt).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) struct RequestId {
     /// The header's, or a random one.
     id: String,
@@ -28,16 +28,18 @@ pub(super) struct RequestId {
     given: bool,
     /// The body's, once that was read.
     body: Arc<OnceLock<String>>,
+    record: Arc<Record>,
 }
 
 impl RequestId {
     /// The client's, if it can be shown as it is; else a random one.
     fn of(headers: &HeaderMap) -> Self {
         let given = headers.get(HEADER).and_then(|value| value.to_str().ok()).filter(|id| is_showable(id));
-        match given {
-            Some(id) => Self { id: id.to_owned(), given: true, body: Arc::default() },
-            None => Self { id: format!("{:032x}", fastrand::u128(..)), given: false, body: Arc::default() },
-        }
+        let (id, given) = match given {
+            Some(id) => (id.to_owned(), true),
+            None => (format!("{:032x}", fastrand::u128(..)), false),
+        };
+        Self { id, given, body: Arc::default(), record: Arc::new(Record::new()) }
     }
 
     /// Takes the body's `request_id`, unless the header has one: header, log and answer show the same.
@@ -46,6 +48,11 @@ impl RequestId {
             // A body is read once.
             let _ = self.body.set(id.to_owned());
         }
+    }
+
+    /// What is noted about the request.
+    pub(super) fn record(&self) -> &Arc<Record> {
+        &self.record
     }
 
     fn as_str(&self) -> &str {
@@ -71,24 +78,13 @@ impl<S: Sync> FromRequestParts<S> for RequestId {
     }
 }
 
-/// Gives the request its id, the response the header, and the log a line.
-pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let started = Instant::now();
+/// Gives the request its id, and the response the header.
+pub(super) async fn identify(mut request: Request, next: Next) -> Response {
     let id = RequestId::of(request.headers());
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).await;
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {
         response.headers_mut().insert(HEADER, value);
-    }
-    if app.config().log_requests {
-        let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis());
-        // Probes and scrapes come every few seconds.
-        if path.starts_with("/v1/") {
-            tracing::info!(%method, path, status, ms, request_id = %id, "request");
-        } else {
-            tracing::debug!(%method, path, status, ms, request_id = %id, "request");
-        }
     }
     response
 }
@@ -113,6 +109,7 @@ mod tests {
             assert!(!id.given && id.to_string().len() == 32, "{bad}");
         }
         assert_eq!(adopted(&HeaderMap::new()), "body");
-        assert_ne!(RequestId::of(&HeaderMap::new()), RequestId::of(&HeaderMap::new()));
+        let made = || RequestId::of(&HeaderMap::new()).to_string();
+        assert_ne!(made(), made());
     }
 }

@@ -3,6 +3,8 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use axum::body::Bytes;
+use axum::http::header;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
@@ -31,6 +33,17 @@ where
 /// Comments in silence.
 pub(super) fn keep_alive() -> KeepAlive {
     KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")
+}
+
+/// Whether this is an answer of [`respond`].
+pub(super) fn is_event_stream(response: &Response) -> bool {
+    response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes() == b"text/event-stream")
+}
+
+/// The end of a stream that is broken off.
+pub(super) fn last_words(error: &ApiError) -> Bytes {
+    let body = serde_json::to_string(&error.body()).unwrap_or_default();
+    Bytes::from(format!("data: {body}\n\ndata: [DONE]\n\n"))
 }
 
 fn event(chunk: &impl Serialize) -> Event {

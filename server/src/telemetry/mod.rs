@@ -4,6 +4,8 @@ mod engine_metrics;
 mod footprint;
 mod maker;
 mod process;
+mod record;
+mod traces;
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -17,6 +19,8 @@ pub use engine_metrics::EngineMetrics;
 pub(crate) use footprint::Footprint;
 use footprint::FootprintMetrics;
 use maker::{FIRST_TOKEN_SECS, Maker, REQUEST_SECS, REQUEST_TOKENS, STEP_TOKENS, TOKEN_SECS};
+pub(crate) use record::{Record, Recorder};
+pub(crate) use traces::{RequestSpan, TraceParent, Traces};
 
 /// Content type of [`Telemetry::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

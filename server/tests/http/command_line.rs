@@ -37,7 +37,17 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    let settings: config::Settings = toml::from_str(&String::from_utf8(output.stdout).unwrap()).unwrap();
+    let out = String::from_utf8(output.stdout).unwrap();
+    for (key, source) in [
+        ("port", "--port"),
+        ("max_num_seqs", "MXSERVE_MAX_NUM_SEQS"),
+        ("max_model_len", file.to_str().unwrap()),
+        ("max_connections", "default"),
+    ] {
+        let line = out.lines().find(|line| line.starts_with(key)).unwrap();
+        assert_eq!(line.split_once("  # ").unwrap().1, source, "{line}");
+    }
+    let settings: config::Settings = toml::from_str(&out).unwrap();
     assert_eq!((settings.port, settings.max_num_seqs, settings.max_model_len), (Some(5), Some(7), Some(3)));
 }
 
@@ -46,8 +56,11 @@ fn the_port_of_a_service_of_kubernetes_is_ignored() {
     for arguments in [&["check-config"][..], &["check-config", "--port", "5"]] {
         let output = mxserve(arguments).env("MXSERVE_PORT", "tcp://10.0.0.1:8000").output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        let expected = if arguments.len() == 1 { "port = 8000\n" } else { "port = 5\n" };
-        assert!(String::from_utf8(output.stdout).unwrap().contains(expected));
+        let expected =
+            if arguments.len() == 1 { ["port = 8000 ", "# default"] } else { ["port = 5 ", "# --port"] };
+        let out = String::from_utf8(output.stdout).unwrap();
+        let line = out.lines().find(|line| line.starts_with("port")).unwrap();
+        assert!(line.starts_with(expected[0]) && line.ends_with(expected[1]), "{line}");
     }
     let output = mxserve(&[]).env("MXSERVE_PORT", "tcp://10.0.0.1:8000").output().unwrap();
     assert!(refused(&output).contains("MODEL"));
@@ -64,6 +77,46 @@ fn api_keys_are_not_printed_and_that_is_said() {
         "{out}{error}"
     );
     assert!(!out.contains("hush") && !error.contains("hush"), "{out}{error}");
+}
+
+#[test]
+fn check_config_finds_everything_that_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("keys.txt"), "# none\n").unwrap();
+    fs::write(path("template.jinja"), "{% for %}").unwrap();
+    let check = |arguments: &[&str]| {
+        let output = mxserve(&[&["check-config"], arguments].concat()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, remarks) = check(&[]);
+    assert_eq!((code, remarks.as_str()), (Some(0), "note: no model was named, so none was checked\n"));
+    let (code, remarks) = check(&["/no/such/model"]);
+    assert!(code == Some(0) && remarks.contains("/no/such/model: not here"), "{remarks}");
+    assert_eq!(check(&[MODEL]), (Some(0), String::new()));
+
+    let (code, remarks) = check(
+        &[
+            &["--api-key-file", path("keys.txt").as_str(), "--chat-template", &path("template.jinja")][..],
+            &["--ssl-certfile", &path("none.pem"), "--ssl-keyfile", &path("none.pem")],
+            &["--gpu-memory-utilization", "0.5", "--device", "cpu"],
+        ]
+        .concat(),
+    );
+    assert_eq!(code, Some(1));
+    for word in ["keys.txt: no key", "--chat-template: ", "--ssl-certfile: ", "gpu_memory_utilization: "] {
+        assert!(
+            remarks.lines().any(|line| line.starts_with("error: ") && line.contains(word)),
+            "{word}: {remarks}"
+        );
+    }
+    // A model that is there is opened.
+    let (code, remarks) = check(&[folder.path().to_str().unwrap()]);
+    assert!(code == Some(1) && remarks.contains("config.json"), "{remarks}");
+    fs::write(path("server.toml"), "max_seqs = 1\n").unwrap();
+    let (code, remarks) = check(&["--config", &path("server.toml")]);
+    assert!(code == Some(1) && remarks.contains("did you mean `max_num_seqs`?"), "{remarks}");
+    assert_eq!(check(&["--max-seqs", "1"]).0, Some(2));
 }
 
 #[test]
@@ -115,7 +168,7 @@ fn it_says_what_it_serves_and_stops_at_sigterm() {
         .collect();
     assert!(lines[0].contains("rustdoc-6m"), "{lines:?}");
     assert!(lines.iter().any(|line| line.contains("q_proj+k_proj+v_proj")), "{lines:?}");
-    assert!(lines.iter().any(|line| line.starts_with("kv cache")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.trim_start().starts_with("kv_cache")), "{lines:?}");
     let killed = Command::new("kill").arg(server.id().to_string()).status().unwrap();
     assert!(killed.success());
     assert_eq!(server.wait().unwrap().code(), Some(0));

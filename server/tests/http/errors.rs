@@ -5,7 +5,7 @@ use std::sync::Arc;
 use config::ServerConfig;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use server::http::{App, router};
+use server::http::{ApiKeys, App, router};
 use server::telemetry::Telemetry;
 
 use crate::support::TestServer;
@@ -95,7 +95,7 @@ async fn what_is_wrong_with_a_request_is_told_and_named() {
         (Method::POST, COMPLETIONS, r#"{"prompt": "a", "max_tokens": 3.5}"#, 400, bad, Some("max_tokens")),
         (Method::GET, "/v1/models/none", "", 404, "NotFoundError", Some("model")),
         (Method::GET, "/v1/none", "", 404, "NotFoundError", None),
-        (Method::GET, "/", "", 404, "NotFoundError", None),
+        (Method::GET, "/none", "", 404, "NotFoundError", None),
         (Method::GET, COMPLETIONS, "", 405, bad, None),
         (Method::DELETE, "/v1/models", "", 405, bad, None),
     ];
@@ -247,7 +247,8 @@ async fn what_is_not_done_in_time_is_aborted() {
 #[tokio::test]
 async fn while_loading_everything_but_probes_is_503() {
     let telemetry = Arc::new(Telemetry::new("m").unwrap());
-    let app = Arc::new(App::new(ServerConfig::default(), telemetry));
+    let keys = Arc::new(ApiKeys::load(&[], None).unwrap());
+    let app = Arc::new(App::new(ServerConfig::default(), keys, telemetry));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
     let server = tokio::spawn(async move { axum::serve(listener, router(app)).await });

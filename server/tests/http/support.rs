@@ -1,5 +1,6 @@
 //! A server on a free port, in this process, and a client for it.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ pub(crate) const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role 
 
 pub(crate) struct TestServer {
     base: String,
+    address: SocketAddr,
     client: Client,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<Result<(), server::serve::ServeError>>,
@@ -51,13 +53,19 @@ impl TestServer {
         let task = tokio::spawn(server::serve::serve(config, stopped, move |address, _| {
             ready.send(address).unwrap();
         }));
-        let base = format!("http://{}", address.await.expect("the server starts"));
-        Self { base, client: Client::new(), stop: Some(stop), task, _folder: folder }
+        let address = address.await.expect("the server starts");
+        let base = format!("http://{address}");
+        Self { base, address, client: Client::new(), stop: Some(stop), task, _folder: folder }
     }
 
     /// The address, without a path.
     pub(crate) fn base(&self) -> &str {
         &self.base
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub(crate) async fn chatty() -> Self {
