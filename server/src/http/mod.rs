@@ -19,6 +19,7 @@ mod load;
 mod logprobs;
 mod metrics;
 mod models;
+mod page;
 mod prompt;
 mod render;
 mod request_id;
@@ -52,7 +53,9 @@ pub use error::ApiError;
 pub fn router(app: Arc<App>) -> Router {
     let config = app.config();
     let (max_body_bytes, cors) = (config.max_body_bytes, cors(&config.allowed_origins));
+    let page = if config.web_page { page::routes() } else { Router::new() };
     Router::new()
+        .merge(page)
         .route("/v1/completions", post(completions::complete))
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions/render", post(render::completions))

@@ -10,6 +10,7 @@ mod completions;
 mod connections;
 mod errors;
 mod metrics;
+mod page;
 mod responses;
 mod scheduling;
 mod streaming;
