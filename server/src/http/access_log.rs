@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{Request, State};
@@ -64,7 +65,7 @@ struct Telling {
 impl Telling {
     fn log(&self) {
         let record = self.request_id.record();
-        let ms = record.started().elapsed().as_millis();
+        let ms = millis(record.started().elapsed());
         let (method, path, request_id) = (&self.method, self.path.as_str(), &self.request_id);
         let status = self.status.map(|status| status.as_u16());
         let client_left = (!self.complete).then_some(true);
@@ -83,7 +84,7 @@ impl Telling {
             status,
             client_left,
             ms,
-            first_token_ms = generated.first_token.map(|time| time.as_millis()),
+            first_token_ms = generated.first_token.map(millis),
             prompt_tokens = generated.prompt_tokens,
             cached_tokens = generated.cached_tokens,
             completion_tokens = generated.completion_tokens,
@@ -92,6 +93,11 @@ impl Telling {
             "request"
         );
     }
+}
+
+/// As JSON's numbers go, which have no 128 bits.
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Drop for Telling {

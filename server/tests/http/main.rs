@@ -2,6 +2,7 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "bodies are written where they are sent")]
 
+mod access_log;
 mod bench;
 mod cancellation;
 mod chat;
@@ -11,8 +12,10 @@ mod connections;
 mod errors;
 mod metrics;
 mod page;
+mod process;
 mod responses;
 mod scheduling;
+mod signals;
 mod streaming;
 mod structured_output;
 mod support;

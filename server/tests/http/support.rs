@@ -150,7 +150,7 @@ impl TestServer {
 
     /// Waits until the metric has the value.
     pub(crate) async fn until(&self, name: &str, labels: &[&str], value: f64) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.metric(name, labels).await != Some(value) {
             assert!(Instant::now() < deadline, "{name} {labels:?} does not become {value}");
             tokio::time::sleep(Duration::from_millis(10)).await;
