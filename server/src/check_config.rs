@@ -85,13 +85,51 @@ fn template(config: &ServerConfig) -> Result<(), String> {
     ChatTemplate::new(&file.display().to_string(), source, Vec::new()).map(drop).map_err(|e| wrong(&e))
 }
 
-/// Settings of a line each, with their sources in a column of comments.
+/// TOML with the sources of its settings in a column of comments; a table's is beside its name.
 fn with_sources(text: &str, sources: &Sources) -> String {
     let width = text.lines().map(str::len).max().unwrap_or(0);
+    let mut table = false;
     text.lines().fold(String::new(), |mut out, line| {
-        let key = line.split_once(" = ").map_or(line, |(key, _)| key);
+        let name = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let key = name.or_else(|| line.split_once(" = ").map(|(key, _)| key).filter(|_| !table));
+        table |= name.is_some();
         // Writing to a string does not fail.
-        let _ = writeln!(out, "{line:width$}  # {}", sources.get(key));
+        let _ = match key {
+            Some(key) => writeln!(out, "{line:width$}  # {}", sources.get(key)),
+            None => writeln!(out, "{line}"),
+        };
         out
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn what_is_printed_says_the_same_and_whence() {
+        let speculative = r#"{"method": "ngram", "num_speculative_tokens": 4}"#;
+        let arguments = ["mxserve", "check-config", "--port", "5", "--speculative-config", speculative];
+        let Some(Command::CheckConfig(serve)) = Cli::parse_from(arguments).command else {
+            panic!("a subcommand")
+        };
+        let said = serve.settings.clone();
+        let matches = Cli::command().get_matches_from(arguments);
+        let report = check(serve, matches.subcommand_matches("check-config").unwrap()).unwrap();
+        assert_eq!(report.problems, Vec::<String>::new());
+        let source = |start: &str| {
+            let line = report.settings.lines().find(|line| line.starts_with(start)).unwrap();
+            line.split_once("  # ").unwrap().1
+        };
+        assert_eq!(
+            [source("port"), source("[speculative_config]"), source("max_connections")],
+            ["--port", "--speculative-config", "default"]
+        );
+        let again: Settings = toml::from_str(&report.settings).unwrap();
+        let resolved = |settings| ServerConfig::resolve(Settings::default(), settings).unwrap();
+        assert_eq!(resolved(again), resolved(said));
+    }
 }
