@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use kernels::{Backend, Device};
-use models::{KvCache, LinearInfo, Model, ModelConfig, StepInputs, Workspace};
+use models::{KvCache, LinearInfo, Model, ModelConfig, Observer, StepInputs, Workspace};
 use server::engine::{
     EngineHandle, EngineOptions, GenerateRequest, KvCacheSize, Loaded, NgramLookup, Sampling, Scheduling,
     StopConditions,
@@ -33,7 +33,14 @@ impl Model for Null {
     fn config(&self) -> &ModelConfig {
         &self.0
     }
-    fn forward(&self, _: &dyn Backend, step: &StepInputs, _: &mut KvCache, _: &mut Workspace) {
+    fn forward_observed(
+        &self,
+        _: &dyn Backend,
+        step: &StepInputs,
+        _: &mut KvCache,
+        _: &mut Workspace,
+        _: &mut dyn Observer,
+    ) {
         black_box(step);
     }
     fn logits(&self, _: &dyn Backend, rows: &[u32], _: &mut Workspace) {
