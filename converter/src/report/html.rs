@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::chart::{Chart, Series};
 use super::page::{Cell, Page};
 use super::{Report, TensorReport, Totals, UNQUANTIZED, decibels};
+use crate::calibrate::CalibrationReport;
 use crate::eval::Evaluation;
 
 impl Report {
@@ -27,6 +28,9 @@ impl Report {
         let rows: Vec<_> = self.formats.iter().chain([&self.total]).map(totals_row).collect();
         let header = ["format", "tensors", "bytes before", "bytes after", "ratio", "bits/weight", "SQNR, dB"];
         page.table("Bytes before and after, and the error of what was quantized", &header, &rows);
+        if let Some(calibration) = &self.calibration {
+            show_calibration(calibration, &mut page);
+        }
         if let Some(evaluation) = &self.evaluation {
             show_evaluation(evaluation, &mut page);
         }
@@ -38,6 +42,26 @@ impl Report {
         page.table("In the order of the source", &header, &rows);
         page.finish()
     }
+}
+
+/// What calibration gained on text that it was not made from.
+fn show_calibration(calibration: &CalibrationReport, page: &mut Page) {
+    page.heading("Calibration");
+    let CalibrationReport { method, windows, window_tokens, text, held_out, perplexity, kept, .. } =
+        calibration;
+    let verdict =
+        if *kept { "what was written" } else { "no better than direct cast, which was written instead" };
+    page.paragraph(&format!(
+        "{method} on {windows} windows of {window_tokens} tokens of {text}, in {:.0} s: {verdict}.",
+        calibration.seconds
+    ));
+    let row = |name: &str, value: f64| vec![Cell::new(name), Cell::new(format!("{value:.4}"))];
+    let rows = [
+        row("unquantized", perplexity.unquantized),
+        row("direct cast", perplexity.nearest),
+        row("calibrated", perplexity.calibrated),
+    ];
+    page.table(&format!("Perplexity of {held_out} other windows"), &["weights", "perplexity"], &rows);
 }
 
 /// Perplexities before and after.
