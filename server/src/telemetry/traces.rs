@@ -175,7 +175,6 @@ fn with_path(endpoint: &str) -> String {
     if has_path { endpoint.to_owned() } else { format!("{}/v1/traces", endpoint.trim_end_matches('/')) }
 }
 
-/// For tests of what is measured.
 #[cfg(test)]
 mod tests {
     use opentelemetry::trace::TraceContextExt;
