@@ -51,6 +51,7 @@ SEEDS = [
     ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "instructions": "B",
         "max_output_tokens": 2, "text": {"format": {"type": "text"}}, "tools": [{"type": "function", "name": "f"}],
         "metadata": {"a": "b"}, "store": True, "top_logprobs": 0, "include": [], "previous_response_id": None}),
+    ("/v1/embeddings", {"input": ["Hi", "Ho"], "encoding_format": "float", "dimensions": None, "user": "u"}),
     ("/tokenize", {"prompt": "Hi", "add_special_tokens": True, "return_token_strs": True}),
     ("/tokenize", {"messages": CHAT, "tools": [TOOL]}),
     ("/detokenize", {"tokens": [1, 2, 3]}),

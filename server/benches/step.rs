@@ -79,6 +79,7 @@ fn requests(sampling: &Sampling) -> Vec<GenerateRequest> {
         scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
+        pooling: None,
     };
     (0..SEQUENCES).map(request).collect()
 }

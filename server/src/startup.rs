@@ -175,6 +175,7 @@ mod tests {
         };
         let info = EngineInfo {
             vocab_size: 10,
+            hidden_size: 4,
             max_model_len: 2048,
             max_num_seqs: 8,
             kv_blocks: 100,

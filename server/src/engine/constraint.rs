@@ -25,7 +25,15 @@ pub trait Constraint: Send {
     /// # Errors
     /// The token was not allowed.
     fn accept(&mut self, token: u32) -> Result<Progress, ConstraintError>;
+
+    /// What makes [`allowed`](Self::allowed) give up, from another thread; `None` if nothing does.
+    fn canceller(&self) -> Option<Canceller> {
+        None
+    }
 }
+
+/// Makes a computation give up.
+pub type Canceller = Box<dyn Fn() + Send>;
 
 /// Whether anything may follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -262,6 +262,7 @@ fn build(
         status,
         commands,
         max_model_len: sizes.max_model_len,
+        hidden_size: info.hidden_size,
         next_id: SequenceId(0),
         batch: Batch::default(),
         output: StepOutput::default(),

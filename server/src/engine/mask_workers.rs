@@ -2,15 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use super::constraint::{Constraint, ConstraintError, Progress, SharedGrammar, TokenMask};
+use super::constraint::{Canceller, Constraint, ConstraintError, Progress, SharedGrammar, TokenMask};
 use super::sequence::SequenceId;
 
 /// Most threads: a mask takes well under a millisecond, and the device's own threads want the processors too.
 const MAX_WORKERS: usize = 8;
+
+/// How long a step waits for masks: a grammar that takes longer would hold up everyone.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long it waits for each mask when that time is over, so that one grammar does not end the others behind it.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// The places of all constrained sequences in their grammars.
 #[derive(Default)]
@@ -22,8 +29,8 @@ pub(super) struct Constraints {
 
 /// Where a sequence stands.
 enum Place {
-    /// A worker has it.
-    Computing(Receiver<Masked>),
+    /// A worker has it, until it is cancelled.
+    Computing(Receiver<Masked>, Option<Canceller>),
     /// The next token may be drawn.
     Ready(Masked),
     /// It cannot go on; the error was or will be reported by [`Constraints::follow`].
@@ -58,16 +65,30 @@ impl Constraints {
         self.places.remove(&id);
     }
 
-    /// The tokens that the sequence may draw now; waits until they are known. `None`: it has no constraint, or one that
-    /// cannot be followed, and ends with whatever it draws.
-    pub(super) fn mask(&mut self, id: SequenceId) -> Option<&TokenMask> {
+    /// When a step that begins to draw now stops waiting.
+    pub(super) fn deadline() -> Instant {
+        Instant::now() + PATIENCE
+    }
+
+    /// The tokens that the sequence may draw now; waits until they are known, or the step's [`deadline`](Self::deadline)
+    /// is over. `None`: it has no constraint, or one that cannot be followed, and ends with whatever it draws.
+    pub(super) fn mask(&mut self, id: SequenceId, deadline: Instant) -> Option<&TokenMask> {
         let place = self.places.get_mut(&id)?;
-        if let Place::Computing(done) = place {
-            *place = match done.recv() {
+        if let Place::Computing(done, canceller) = place {
+            let patience = deadline.saturating_duration_since(Instant::now()).max(GRACE);
+            *place = match done.recv_timeout(patience) {
                 Ok(Masked { mask: Err(error), .. }) => Place::Lost(error),
                 Ok(masked) => Place::Ready(masked),
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(cancel) = canceller {
+                        cancel();
+                    }
+                    Place::Lost(ConstraintError("a mask takes too long".to_owned()))
+                }
                 // The worker panicked: the panic has been reported where it happened.
-                Err(_) => Place::Lost(ConstraintError("the grammar cannot be followed".to_owned())),
+                Err(RecvTimeoutError::Disconnected) => {
+                    Place::Lost(ConstraintError("the grammar cannot be followed".to_owned()))
+                }
             };
         }
         match place {
@@ -91,7 +112,7 @@ impl Constraints {
             }
             Some(Place::Lost(error)) => Err(error),
             // Nothing is drawn before the mask was asked for.
-            Some(place @ Place::Computing(_)) => {
+            Some(place @ Place::Computing(..)) => {
                 self.places.insert(id, place);
                 Ok(Progress::Open)
             }
@@ -101,9 +122,13 @@ impl Constraints {
 
     fn compute(&mut self, id: SequenceId, start: Start) {
         let (done, result) = sync_channel(1);
+        let canceller = match &start {
+            Start::Beginning(_) => None,
+            Start::Here(constraint) => constraint.canceller(),
+        };
         let jobs = self.jobs.get_or_insert_with(start_workers);
         let place = match jobs.send(Job { start, done }) {
-            Ok(()) => Place::Computing(result),
+            Ok(()) => Place::Computing(result, canceller),
             Err(_) => Place::Lost(ConstraintError("no thread could be started for the grammar".to_owned())),
         };
         self.places.insert(id, place);
@@ -141,6 +166,8 @@ fn work(inbox: &Mutex<Receiver<Job>>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::super::constraint::Grammar;
     use super::*;
 
@@ -199,23 +226,65 @@ mod tests {
             (1, 1, Progress::Open),
         ] {
             let id = SequenceId(id);
-            let mask = constraints.mask(id).unwrap();
+            let mask = constraints.mask(id, Constraints::deadline()).unwrap();
             assert!(mask.contains(token) && !mask.contains(token + 1));
             assert_eq!(constraints.follow(id, token), Ok(progress));
         }
-        assert!(constraints.mask(SequenceId(0)).is_none(), "it is complete");
+        assert!(constraints.mask(SequenceId(0), Constraints::deadline()).is_none(), "it is complete");
         constraints.remove(SequenceId(1));
-        assert!(constraints.mask(SequenceId(1)).is_none(), "it was forgotten");
+        assert!(constraints.mask(SequenceId(1), Constraints::deadline()).is_none(), "it was forgotten");
         assert_eq!(constraints.follow(SequenceId(7), 1), Ok(Progress::Open), "it never had a constraint");
+    }
+
+    /// Computes until it is cancelled.
+    struct Endless(Arc<AtomicBool>);
+
+    impl Grammar for Endless {
+        fn begin(&self) -> Box<dyn Constraint> {
+            Box::new(Self(Arc::clone(&self.0)))
+        }
+    }
+
+    impl Constraint for Endless {
+        fn allowed(&mut self) -> Result<TokenMask, ConstraintError> {
+            while !self.0.swap(false, Ordering::AcqRel) {
+                thread::yield_now();
+            }
+            Ok(TokenMask::all(8))
+        }
+
+        fn accept(&mut self, _: u32) -> Result<Progress, ConstraintError> {
+            Ok(Progress::Open)
+        }
+
+        fn canceller(&self) -> Option<Canceller> {
+            let stop = Arc::clone(&self.0);
+            Some(Box::new(move || stop.store(true, Ordering::Release)))
+        }
+    }
+
+    #[test]
+    fn a_mask_that_takes_too_long_is_given_up() {
+        let (mut constraints, id) = (Constraints::default(), SequenceId(0));
+        let stop = Arc::new(AtomicBool::new(true));
+        constraints.begin(id, SharedGrammar(Arc::new(Endless(Arc::clone(&stop)))));
+        assert!(constraints.mask(id, Constraints::deadline()).is_some(), "the first one stops at once");
+        assert_eq!(constraints.follow(id, 1), Ok(Progress::Open));
+        assert!(constraints.mask(id, Constraints::deadline()).is_none());
+        assert!(constraints.follow(id, 1).unwrap_err().to_string().contains("too long"));
+        // The worker is free for others.
+        while stop.load(Ordering::Acquire) {
+            thread::yield_now();
+        }
     }
 
     #[test]
     fn what_cannot_be_followed_is_told_once() {
         let mut constraints = begun(9, 1, 1);
         let id = SequenceId(0);
-        assert!(constraints.mask(id).is_some());
+        assert!(constraints.mask(id, Constraints::deadline()).is_some());
         assert_eq!(constraints.follow(id, 0), Ok(Progress::Open));
-        assert!(constraints.mask(id).is_none());
+        assert!(constraints.mask(id, Constraints::deadline()).is_none());
         assert_eq!(constraints.follow(id, 5), Err(ConstraintError("too high".to_owned())));
     }
 }

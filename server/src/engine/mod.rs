@@ -12,6 +12,7 @@ mod mask_workers;
 mod ngram;
 mod offline;
 mod options;
+mod pooling;
 mod prefix_cache;
 mod request;
 mod runner;
@@ -28,13 +29,14 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use constraint::{Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
+pub use constraint::{Canceller, Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
 pub use handle::{EngineHandle, Loaded};
 pub use ngram::NgramLookup;
 pub use offline::{OfflineBatch, OfflineSizes};
 pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{
-    FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent, Usage,
+    FinishReason, GenerateRequest, Pooling, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent,
+    Usage,
 };
 pub use stats::{EngineObserver, EngineStats, SequenceReport, Timing};
 
@@ -56,6 +58,7 @@ struct Engine {
     status: Arc<Status>,
     commands: Receiver<Command>,
     max_model_len: usize,
+    hidden_size: usize,
     next_id: SequenceId,
     // The current step; kept for their memory.
     batch: Batch,
@@ -99,6 +102,12 @@ impl Engine {
         self.tell();
         self.runner.finish(self.scheduler.running(), &self.batch, &mut self.constraints, &mut self.output);
         self.follow_grammars();
+        let width = self.hidden_size;
+        for (index, hidden) in self.output.hidden.drain(..) {
+            if let Some(pooled) = self.scheduler.running_mut()[index].pooled_mut() {
+                pooled.add(&hidden, width);
+            }
+        }
         for (index, logprobs) in self.output.prompt_logprobs.drain(..) {
             self.scheduler.running_mut()[index].score_prompt(logprobs);
         }
@@ -221,8 +230,11 @@ impl Engine {
         for update in self.updates.drain(..) {
             let Some(client) = self.clients.get_mut(&update.id) else { continue };
             // A send fails only when the client went away; the next step drops the sequence.
-            if let Some(PromptDone { tokens: _, cached_tokens, logprobs }) = update.prompt {
+            if let Some(PromptDone { tokens: _, cached_tokens, logprobs, embedding }) = update.prompt {
                 let _ = client.events.send(TokenEvent::Prompt { cached_tokens, logprobs });
+                if let Some(embedding) = embedding {
+                    let _ = client.events.send(TokenEvent::Embedding(embedding));
+                }
             }
             if let Some(NewToken { id, draw }) = update.token {
                 client.clock.token(now, self.observer.as_mut());

@@ -100,6 +100,7 @@ impl OfflineBatch {
                 scheduling: Scheduling::default(),
                 logprobs: None,
                 prompt_logprobs: None,
+                pooling: None,
             };
             let mut sequence = Sequence::new(SequenceId(id), request, usize::MAX);
             // All blocks at once: their bookkeeping is no part of a step.

@@ -214,6 +214,8 @@ impl EngineOptions {
 pub struct EngineInfo {
     /// Token ids are below this.
     pub vocab_size: usize,
+    /// Elements of a hidden state.
+    pub hidden_size: usize,
     /// Most tokens of a sequence, prompt and output.
     pub max_model_len: usize,
     /// Sequences that run at a time.
@@ -259,6 +261,7 @@ impl EngineInfo {
             |linear: LinearInfo| LinearKernel { kernel: backend.linear_kernel(linear.scheme), linear };
         Self {
             vocab_size: model.config().vocab_size,
+            hidden_size: model.config().hidden_size,
             max_model_len: sizes.max_model_len,
             max_num_seqs: sizes.limits.max_num_seqs,
             kv_blocks: sizes.kv_blocks,

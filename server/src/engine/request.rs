@@ -24,6 +24,17 @@ pub struct GenerateRequest {
     pub logprobs: Option<usize>,
     /// Report the prompt tokens' log-probabilities and this many of the best alternatives.
     pub prompt_logprobs: Option<usize>,
+    /// Report the prompt's final hidden states as one vector.
+    pub pooling: Option<Pooling>,
+}
+
+/// How the final hidden states of a prompt's tokens, after the last norm, become one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// That of the last token.
+    Last,
 }
 
 /// How the next token is chosen. Penalties and bias act on the logits first.
@@ -109,6 +120,8 @@ pub enum TokenEvent {
         /// Log-probabilities of its tokens 1.. given those before them (`prompt.len() - 1` entries), if asked for.
         logprobs: Option<Vec<TokenLogprobs>>,
     },
+    /// The pooled hidden states of the prompt, `[hidden_size]`, if asked for.
+    Embedding(Vec<f32>),
     /// A generated token; a token that ended the sequence is reported too.
     Token {
         /// Its id.

@@ -8,6 +8,7 @@ use super::block_manager::blocks_for;
 use super::decode_graphs::{DecodeGraphs, DecodeStep};
 use super::mask_workers::Constraints;
 use super::options::{EngineError, EngineInfo, EngineOptions, ModelNeeds, Sizes};
+use super::request::Pooling;
 use super::sampler::{Draw, Drawn, Sampler};
 use super::scheduler::Batch;
 use super::sequence::Sequence;
@@ -40,6 +41,8 @@ pub(super) struct StepOutput {
     pub(super) tokens: Vec<u32>,
     /// Log-probabilities of prompt tokens, in order, with the index of their sequence among the running ones.
     pub(super) prompt_logprobs: Vec<(usize, TokenLogprobs)>,
+    /// Hidden states of prompts that are pooled, `[_, hidden_size]`, with the index of their sequence.
+    pub(super) hidden: Vec<(usize, Vec<f32>)>,
 }
 
 /// A prompt token to score: row `row` of the step predicts it.
@@ -153,6 +156,7 @@ impl ModelRunner {
     ) {
         self.sample(running, batch, constraints, output);
         self.score_prompts(running, batch, output);
+        self.read_hidden(running, batch, output);
     }
 
     /// Draws for each item that samples, from the logits of its last rows.
@@ -205,6 +209,27 @@ impl ModelRunner {
                 output.prompt_logprobs.extend(group.iter().map(|wanted| wanted.index).zip(scored));
                 first += group.len();
             }
+        }
+    }
+
+    /// Reads the rows of prompts that are pooled.
+    fn read_hidden(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+        output.hidden.clear();
+        let width = self.model.config().hidden_size;
+        let mut first_row = 0;
+        for item in &batch.items {
+            let sequence = &running[item.index];
+            if let Some(pooled) = sequence.pooled() {
+                let rows = match pooled.pooling() {
+                    Pooling::Mean => item.tokens,
+                    Pooling::Last => 1,
+                };
+                let mut hidden = vec![0.0; rows * width];
+                let begin = (first_row + item.tokens - rows) * width;
+                self.backend.read_f32(self.workspace.hidden(), begin, &mut hidden);
+                output.hidden.push((item.index, hidden));
+            }
+            first_row += item.tokens;
         }
     }
 

@@ -69,12 +69,13 @@ impl Sampler {
         self.params.clear();
         self.params.extend(draws.iter().map(params));
 
+        let deadline = Constraints::deadline();
         let mut restore = Vec::new();
         let sequences = draws.iter().map(|draw| draw.sequence);
         for (index, sequence) in sequences.enumerate().filter(|(_, sequence)| is_processed(sequence)) {
             backend.read_f32(logits, index * vocab, &mut self.raw);
             self.row.clone_from(&self.raw);
-            process(sequence, constraints.mask(sequence.id()), &self.raw, &mut self.row);
+            process(sequence, constraints.mask(sequence.id(), deadline), &self.raw, &mut self.row);
             backend.write_f32(logits, index * vocab, &self.row);
             if sequence.logprobs().is_some() {
                 restore.push((index, self.raw.clone()));
@@ -217,8 +218,16 @@ mod tests {
         let stop = StopConditions { max_tokens: 100, ..stop };
         let (id, prompt) = (String::new(), vec![0, 1]);
         let scheduling = Scheduling::default();
-        let request =
-            GenerateRequest { id, prompt, sampling, stop, scheduling, logprobs: None, prompt_logprobs: None };
+        let request = GenerateRequest {
+            id,
+            prompt,
+            sampling,
+            stop,
+            scheduling,
+            logprobs: None,
+            prompt_logprobs: None,
+            pooling: None,
+        };
         let mut sequence = Sequence::new(SequenceId(0), request, 100);
         for token in [1, 2, 2] {
             sequence.push(token);

@@ -6,6 +6,7 @@ use kernels::{KV_BLOCK_TOKENS, TokenLogprobs};
 
 use super::block_manager::{BlockManager, BlockTable, Hit};
 use super::ngram::{self, NgramLookup};
+use super::pooling::PoolingState;
 use super::prefix_cache::HashChain;
 use super::request::{FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, Usage};
 
@@ -45,6 +46,7 @@ pub(super) struct Sequence {
     stop: StopConditions,
     logprobs: Option<usize>,
     prompt_logprobs: Option<PromptLogprobs>,
+    pooled: Option<PoolingState>,
     /// Whether the whole prompt was ever computed.
     prompt_done: bool,
     counts: Option<TokenCounts>,
@@ -74,7 +76,7 @@ impl TokenCounts {
 impl Sequence {
     /// A sequence that has not been scheduled yet; it ends when it has `max_model_len` tokens.
     pub(super) fn new(id: SequenceId, request: GenerateRequest, max_model_len: usize) -> Self {
-        let GenerateRequest { id: _, prompt, sampling, stop, scheduling, logprobs, prompt_logprobs } =
+        let GenerateRequest { id: _, prompt, sampling, stop, scheduling, logprobs, prompt_logprobs, pooling } =
             request;
         let Scheduling { priority, cache_salt } = scheduling;
         let penalized = sampling.presence_penalty != 0.0
@@ -96,6 +98,7 @@ impl Sequence {
             stop,
             logprobs,
             prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { top, scored: Vec::new() }),
+            pooled: pooling.map(PoolingState::new),
             prompt_done: false,
             ends_next: None,
             finish: None,
@@ -174,6 +177,16 @@ impl Sequence {
         Some((wanted.top, wanted.scored.len()))
     }
 
+    /// The prompt's hidden states, while they are added up.
+    pub(super) fn pooled(&self) -> Option<&PoolingState> {
+        self.pooled.as_ref()
+    }
+
+    /// As [`pooled`](Self::pooled), to add some.
+    pub(super) fn pooled_mut(&mut self) -> Option<&mut PoolingState> {
+        self.pooled.as_mut()
+    }
+
     /// Why it ended; `None` while it has not.
     pub(super) fn finish(&self) -> Option<FinishReason> {
         self.finish
@@ -206,6 +219,7 @@ impl Sequence {
             tokens: self.prompt_len,
             cached_tokens: self.cached_tokens.unwrap_or(0),
             logprobs: self.prompt_logprobs.take().map(|wanted| wanted.scored),
+            embedding: self.pooled.take().map(PoolingState::finish),
         })
     }
 
@@ -229,10 +243,10 @@ impl Sequence {
     }
 
     /// How much of its beginning is in `blocks` and need not be computed. The last token always is, for the logits that
-    /// follow it, and so is each prompt token whose successor is to be scored.
+    /// follow it, and so is each prompt token whose successor is to be scored, and all of a prompt that is pooled.
     pub(super) fn cached_beginning(&mut self, blocks: &BlockManager) -> Hit {
         self.chain.extend(&self.tokens);
-        let before_last = self.tokens.len() - 1;
+        let before_last = if self.pooled.is_some() { 0 } else { self.tokens.len() - 1 };
         let useful = self.unscored_prompt().map_or(before_last, |(_, unscored)| unscored.min(before_last));
         blocks.find(&self.chain.blocks()[..useful / KV_BLOCK_TOKENS])
     }
@@ -301,6 +315,9 @@ impl Sequence {
     pub(super) fn restart(&mut self, blocks: &mut BlockManager) {
         blocks.release(&mut self.block_table);
         self.computed = 0;
+        if let Some(pooled) = &mut self.pooled {
+            pooled.restart();
+        }
         self.named_blocks = 0;
         self.drafted.clear();
     }
@@ -330,4 +347,6 @@ pub(super) struct PromptDone {
     pub(super) cached_tokens: usize,
     /// Log-probabilities of its tokens 1.., if asked for.
     pub(super) logprobs: Option<Vec<TokenLogprobs>>,
+    /// Its pooled hidden states, if asked for.
+    pub(super) embedding: Option<Vec<f32>>,
 }

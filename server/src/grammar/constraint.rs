@@ -1,10 +1,13 @@
 //! A grammar's place as the engine asks for it.
 
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-use llguidance::Matcher;
+use llguidance::{CancellationHandle, Cancelled, Matcher};
 
-use crate::engine::{Constraint, ConstraintError, Grammar, Progress, TokenMask};
+use crate::engine::{Canceller, Constraint, ConstraintError, Grammar, Progress, TokenMask};
 
 /// A compiled grammar. Its lexer's states are shared by the sequences of a request no longer than for a copy: they run
 /// on different threads.
@@ -19,10 +22,11 @@ impl TokenGrammar {
     /// The grammar of a matcher that has seen nothing yet; `ignored` are tokens that come only where nothing else may.
     ///
     /// # Errors
-    /// The grammar is invalid, or allows nothing.
-    pub(super) fn new(mut matcher: Matcher, ignored: Vec<u32>) -> Result<Self, String> {
-        let first = mask(&mut matcher, &ignored).map_err(|error| error.0)?;
-        Ok(Self { start: Mutex::new(matcher), first, ignored })
+    /// The grammar is invalid, or allows nothing, or its first mask takes longer than `patience`.
+    pub(super) fn new(matcher: Matcher, ignored: Vec<u32>, patience: Duration) -> Result<Self, String> {
+        let mut matcher = matcher.into_cancellable();
+        let first = within(patience, matcher.cancellation_handle(), || mask(&mut matcher, &ignored));
+        Ok(Self { start: Mutex::new(matcher), first: first.map_err(|error| error.0)?, ignored })
     }
 }
 
@@ -53,6 +57,28 @@ impl Constraint for Place {
         self.matcher.consume_token(token).map_err(|error| described(&error))?;
         Ok(if self.matcher.is_stopped() { Progress::Complete } else { Progress::Open })
     }
+
+    fn canceller(&self) -> Option<Canceller> {
+        let handle = self.matcher.cancellation_handle()?;
+        Some(Box::new(move || handle.cancel()))
+    }
+}
+
+/// Runs `work`, which `handle` cancels when it takes longer than `patience`.
+fn within<T>(patience: Duration, handle: Option<CancellationHandle>, work: impl FnOnce() -> T) -> T {
+    let (done, is_done) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            if is_done.recv_timeout(patience) == Err(RecvTimeoutError::Timeout)
+                && let Some(handle) = handle
+            {
+                handle.cancel();
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
 }
 
 fn mask(matcher: &mut Matcher, ignored: &[u32]) -> Result<TokenMask, ConstraintError> {
@@ -66,6 +92,9 @@ fn mask(matcher: &mut Matcher, ignored: &[u32]) -> Result<TokenMask, ConstraintE
 
 /// The error's first lines, without the parser's state and without a backtrace.
 fn described(error: &anyhow::Error) -> ConstraintError {
+    if error.is::<Cancelled>() {
+        return ConstraintError("it is too complex: a mask takes too long".to_owned());
+    }
     let text = format!("{error:#}");
     let end = ["\n<state>", "\n<non-verbose/>", "<non-verbose/>", "\n<backtrace>"]
         .iter()

@@ -7,12 +7,13 @@ mod reasoning;
 mod token_env;
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
+use llguidance::toktrie::{InferenceCapabilities, TokEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
-use toktrie::{InferenceCapabilities, TokEnv};
 
 use crate::engine::{SharedGrammar, TokenMask};
 use crate::tokenizer::Tokenizer;
@@ -22,9 +23,12 @@ use reasoning::AfterReasoning;
 pub use reasoning::ReasoningTokens;
 use token_env::TokenEnv;
 
-/// White space between the tokens of JSON, where a schema does not say otherwise: enough to indent by, and not so much
-/// that a model that gets lost in it never comes back.
-const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
+/// White space between the tokens of JSON, where a schema does not say otherwise: a space or two, or a new line and what
+/// indents it. A model that got lost in more than that would not come back.
+const JSON_WHITESPACE: &str = r"\x20{1,2}|\x0D?\x0A(?:\x20{0,24}|\x09{0,8})";
+
+/// How long a grammar's first mask may take. Most take milliseconds, some small expressions many seconds.
+const FIRST_MASK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What an output must follow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,8 +108,9 @@ impl GrammarCompiler {
         let factory = self.factory.get_or_init(|| self.make_factory()).as_ref().map_err(Clone::clone)?;
         let matcher = Matcher::new(factory.create_parser(source.grammar()));
         let ignored = if options.ignore_eos { self.eos_token_ids.clone() } else { Vec::new() };
-        let grammar: SharedGrammar =
-            SharedGrammar(Arc::new(TokenGrammar::new(matcher, ignored).map_err(GrammarError::Invalid)?));
+        let grammar =
+            TokenGrammar::new(matcher, ignored, FIRST_MASK_PATIENCE).map_err(GrammarError::Invalid)?;
+        let grammar = SharedGrammar(Arc::new(grammar));
         let grammar = match options.reasoning {
             Some(tokens) => SharedGrammar(Arc::new(AfterReasoning::new(grammar, tokens, self.free_tokens()))),
             None => grammar,

@@ -1,6 +1,6 @@
 //! A grammar for the answer of a model that thinks aloud before it: what it thinks is free.
 
-use crate::engine::{Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
+use crate::engine::{Canceller, Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
 
 /// The tokens that a part of reasoning is between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,5 +73,9 @@ impl Constraint for Place {
             }
         }
         Ok(Progress::Open)
+    }
+
+    fn canceller(&self) -> Option<Canceller> {
+        self.answer.canceller()
     }
 }

@@ -111,6 +111,15 @@ fn what_is_wrong_is_told_without_the_parsers_insides() {
 }
 
 #[test]
+fn a_first_mask_that_takes_too_long_is_given_up() {
+    // This one takes seconds.
+    let source = GrammarSource::Regex("(a{1000}){1000}{1000}".to_owned());
+    let matcher = Matcher::new(compiler().make_factory().unwrap().create_parser(source.grammar()));
+    let error = TokenGrammar::new(matcher, Vec::new(), Duration::from_millis(20)).err().unwrap();
+    assert!(error.contains("too complex"), "{error}");
+}
+
+#[test]
 fn an_end_of_sequence_that_is_ignored_comes_only_at_the_end() {
     let compiler = compiler();
     let digits = GrammarSource::Regex("[0-9]+".to_owned());

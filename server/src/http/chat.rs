@@ -129,7 +129,7 @@ impl Chat {
     /// Makes the prompt and the grammar, and submits the sequences.
     pub(super) async fn start(self, app: &App, id: String) -> Result<ChatAnswer, ApiError> {
         let Self { model, prompt, messages, mut plan, structured, tools, .. } = self;
-        model.require_capacity(1, plan.n)?;
+        model.require_capacity("messages", 1, plan.n)?;
         let (preparing, truncate, ignore_eos) = (Arc::clone(&model), plan.truncate_prompt, plan.ignore_eos);
         let (mut prompt, grammar, tools) = app
             .off_the_reactor(move || {
@@ -152,6 +152,7 @@ impl Chat {
             scheduling: plan.scheduling.clone(),
             logprobs: self.logprobs,
             prompt_logprobs: plan.prompt_logprobs,
+            pooling: None,
         });
         let generation =
             Generation::start(&model, app.telemetry(), &plan, requests.collect(), prompt.ids.len())?

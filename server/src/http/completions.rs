@@ -26,6 +26,8 @@ use crate::engine::GenerateRequest;
 use crate::grammar::GrammarOptions;
 use crate::model::ServedModel;
 
+const FIELD: &str = "prompt";
+
 /// vLLM's and OpenAI's default.
 const DEFAULT_MAX_TOKENS: usize = 16;
 
@@ -127,13 +129,14 @@ impl Completion {
             add_special_tokens: fields.add_special_tokens.unwrap_or(true),
             truncate: plan.truncate_prompt,
             echo,
+            field: FIELD,
         };
         let preparing = Arc::clone(model);
         let ignore_eos = plan.ignore_eos;
         let prompts;
         (prompts, plan.sampling.grammar) = app
             .off_the_reactor(move || {
-                let given = parse_prompts(prompt, preparing.longest_prompt(options.truncate))?;
+                let given = parse_prompts(prompt, FIELD, preparing.longest_prompt(options.truncate))?;
                 let prompts: Result<Vec<_>, _> =
                     given.into_iter().map(|prompt| prompt.prepare(&preparing, options)).collect();
                 let grammar = GrammarOptions { ignore_eos, reasoning: None };
@@ -147,7 +150,7 @@ impl Completion {
     /// A request per sequence: `n` for the first prompt, then `n` for the second, …
     fn requests(&self, id: &str) -> Result<Vec<GenerateRequest>, ApiError> {
         let n = self.plan.n;
-        self.model.require_capacity(self.prompts.len(), n)?;
+        self.model.require_capacity(FIELD, self.prompts.len(), n)?;
         let max_model_len = self.model.max_model_len();
         let prompt_logprobs = self.plan.prompt_logprobs.max(self.logprobs.filter(|_| self.echo));
         let mut requests = Vec::with_capacity(self.prompts.len() * n);
@@ -163,6 +166,7 @@ impl Completion {
                 scheduling: self.plan.scheduling.clone(),
                 logprobs: self.logprobs,
                 prompt_logprobs,
+                pooling: None,
             }));
         }
         Ok(requests)

@@ -197,6 +197,9 @@ impl RunningSequence {
             Some(TokenEvent::Finished { reason, .. }) => {
                 self.finish(reason, Delta::default()).map(Output::Delta)
             }
+            Some(TokenEvent::Embedding(_)) => {
+                Err(ApiError::Internal("the engine sent an embedding".to_owned()))
+            }
             None => Err(ApiError::EngineDied),
         };
         if output.is_err() {

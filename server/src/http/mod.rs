@@ -10,6 +10,7 @@ mod check;
 mod completions;
 mod deadline;
 mod detokenize;
+mod embeddings;
 mod error;
 mod generation;
 mod health;
@@ -60,6 +61,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions/render", post(render::completions))
         .route("/v1/chat/completions/render", post(render::chat))
+        .route("/v1/embeddings", post(embeddings::embed))
         .route("/v1/responses", post(responses::create))
         .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
         .route("/v1/responses/{id}/cancel", post(responses::cancel))

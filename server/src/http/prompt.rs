@@ -7,8 +7,6 @@ use super::error::ApiError;
 use crate::model::ServedModel;
 use crate::tokenizer::{Detokenizer, Encoded};
 
-const FIELD: &str = "prompt";
-
 /// One prompt as sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum PromptField {
@@ -36,30 +34,39 @@ pub(super) struct PromptOptions {
     pub(super) add_special_tokens: bool,
     /// Keep only this many of the last tokens.
     pub(super) truncate: Option<usize>,
+    /// The field to blame.
+    pub(super) field: &'static str,
     /// Fill in [`Prompt::offsets`], and the text of token ids.
     pub(super) echo: bool,
 }
 
 /// All four forms: a string, strings, token ids, lists of token ids. More than `most` ids are refused unread.
-pub(super) fn parse_prompts(value: Value, most: usize) -> Result<Vec<PromptField>, ApiError> {
+pub(super) fn parse_prompts(
+    value: Value,
+    field: &'static str,
+    most: usize,
+) -> Result<Vec<PromptField>, ApiError> {
     let wrong = || {
-        let message =
-            "prompt must be a string, a list of strings, a list of token ids, or a list of such lists";
-        ApiError::field(FIELD, message)
+        let message = format!(
+            "{field} must be a string, a list of strings, a list of token ids, or a list of such lists"
+        );
+        ApiError::field(field, message)
     };
     match value {
-        Value::Null => Err(ApiError::field(FIELD, "prompt is needed")),
+        Value::Null => Err(ApiError::field(field, format!("{field} is needed"))),
         Value::String(text) => Ok(vec![PromptField::Text(text)]),
-        Value::Array(items) if items.is_empty() => Err(ApiError::field(FIELD, "prompt must not be empty")),
+        Value::Array(items) if items.is_empty() => {
+            Err(ApiError::field(field, format!("{field} must not be empty")))
+        }
         Value::Array(items) if items[0].is_number() => {
-            Ok(vec![PromptField::Ids(token_ids(&items, FIELD, most)?)])
+            Ok(vec![PromptField::Ids(token_ids(&items, field, field, most)?)])
         }
         Value::Array(items) => {
             let (texts, lists) = (items[0].is_string(), items[0].is_array());
             let prompt = |(index, item)| match item {
                 Value::String(text) if texts => Ok(PromptField::Text(text)),
                 Value::Array(ids) if lists => {
-                    token_ids(&ids, &format!("{FIELD}[{index}]"), most).map(PromptField::Ids)
+                    token_ids(&ids, field, &format!("{field}[{index}]"), most).map(PromptField::Ids)
                 }
                 _ => Err(wrong()),
             };
@@ -69,15 +76,15 @@ pub(super) fn parse_prompts(value: Value, most: usize) -> Result<Vec<PromptField
     }
 }
 
-fn token_ids(items: &[Value], field: &str, most: usize) -> Result<Vec<u32>, ApiError> {
+fn token_ids(items: &[Value], field: &'static str, path: &str, most: usize) -> Result<Vec<u32>, ApiError> {
     if items.len() > most {
-        let message = format!("{field} has {} tokens; this model's context holds {most}", items.len());
-        return Err(ApiError::field(FIELD, message));
+        let message = format!("{path} has {} tokens; this model's context holds {most}", items.len());
+        return Err(ApiError::field(field, message));
     }
     let id = |(index, item): (usize, &Value)| {
         item.as_u64()
             .and_then(|id| u32::try_from(id).ok())
-            .ok_or_else(|| ApiError::field(FIELD, format!("{field}[{index}]: {item} is no token id")))
+            .ok_or_else(|| ApiError::field(field, format!("{path}[{index}]: {item} is no token id")))
     };
     items.iter().enumerate().map(id).collect()
 }
@@ -85,15 +92,16 @@ fn token_ids(items: &[Value], field: &str, most: usize) -> Result<Vec<u32>, ApiE
 impl PromptField {
     /// Tokenizes and checks.
     pub(super) fn prepare(self, model: &ServedModel, options: PromptOptions) -> Result<Prompt, ApiError> {
+        let field = options.field;
         let (mut encoded, text) = match self {
             Self::Text(text) => {
                 if options.truncate.is_none() {
-                    model.require_possible(FIELD, &text)?;
+                    model.require_possible(field, &text)?;
                 }
-                (model.encode(FIELD, &text, options.add_special_tokens)?, Some(text))
+                (model.encode(field, &text, options.add_special_tokens)?, Some(text))
             }
             Self::Ids(ids) => {
-                require_in_vocabulary(FIELD, &ids, model.vocab_size())?;
+                require_in_vocabulary(field, &ids, model.vocab_size())?;
                 (Encoded { added: vec![false; ids.len()], ids }, None)
             }
         };
@@ -101,7 +109,7 @@ impl PromptField {
         encoded.ids.drain(..dropped);
         encoded.added.drain(..dropped);
         if encoded.ids.is_empty() {
-            return Err(ApiError::field(FIELD, "prompt must not be empty: it has no tokens"));
+            return Err(ApiError::field(field, format!("{field} must not be empty: it has no tokens")));
         }
         let mut prompt = Prompt { ids: encoded.ids, text: String::new(), offsets: Vec::new() };
         if options.echo {
@@ -140,7 +148,7 @@ mod tests {
     use super::*;
 
     fn parse(value: Value) -> Result<Vec<PromptField>, ApiError> {
-        parse_prompts(value, 2)
+        parse_prompts(value, "prompt", 2)
     }
 
     #[test]

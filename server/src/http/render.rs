@@ -52,10 +52,10 @@ pub(super) async fn completions(
     let name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
-    let options = PromptOptions { add_special_tokens, truncate, echo: false };
+    let options = PromptOptions { add_special_tokens, truncate, echo: false, field: "prompt" };
     let prompt = body.take("prompt");
     app.off_the_reactor(move || {
-        let given = parse_prompts(prompt, model.longest_prompt(truncate))?;
+        let given = parse_prompts(prompt, "prompt", model.longest_prompt(truncate))?;
         let rendered = given.into_iter().enumerate().map(|(index, prompt)| {
             let token_ids = prompt.prepare(&model, options)?.ids;
             Ok(Rendered { request_id: format!("cmpl-{request_id}-{index}"), model: name.clone(), token_ids })

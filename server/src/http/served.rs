@@ -40,11 +40,17 @@ impl ServedModel {
     }
 
     /// Refuses a request of more sequences than this server ever has at a time; waiting would not help it.
-    pub(super) fn require_capacity(&self, prompts: usize, n: usize) -> Result<(), ApiError> {
+    /// `field` is the one that has the prompts.
+    pub(super) fn require_capacity(
+        &self,
+        field: &'static str,
+        prompts: usize,
+        n: usize,
+    ) -> Result<(), ApiError> {
         let most = self.max_sequences;
         if prompts > most {
-            let message = format!("prompt: {prompts} prompts; this server takes {most}");
-            return Err(ApiError::field("prompt", message));
+            let message = format!("{field}: {prompts} prompts; this server takes {most}");
+            return Err(ApiError::field(field, message));
         }
         let sequences = prompts.saturating_mul(n);
         if sequences <= most {

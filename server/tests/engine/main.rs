@@ -11,7 +11,7 @@ use kernels::{Device, TokenLogprobs};
 use models::checkpoint::Checkpoint;
 use server::engine::{
     EngineHandle, EngineObserver, EngineOptions, FinishReason, GenerateRequest, KvCacheSize, Loaded,
-    NgramLookup, Sampling, Scheduling, StopConditions, TokenEvent, Usage,
+    NgramLookup, Pooling, Sampling, Scheduling, StopConditions, TokenEvent, Usage,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -71,6 +71,7 @@ fn request(prompt_len: usize, max_tokens: usize) -> GenerateRequest {
         scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
+        pooling: None,
     }
 }
 
@@ -82,6 +83,7 @@ struct Heard {
     prompt: Option<Vec<TokenLogprobs>>,
     tokens: Vec<u32>,
     logprobs: Vec<TokenLogprobs>,
+    embedding: Option<Vec<f32>>,
     end: Option<(FinishReason, Usage)>,
 }
 
@@ -114,6 +116,7 @@ fn hear(mut events: UnboundedReceiver<TokenEvent>) -> Heard {
                 heard.tokens.push(id);
                 heard.logprobs.extend(logprobs);
             }
+            TokenEvent::Embedding(vector) => heard.embedding = Some(vector),
             TokenEvent::Finished { reason, usage } => heard.end = Some((reason, usage)),
         }
     }

@@ -322,3 +322,25 @@ fn the_context_ends_generation() {
     assert_eq!(run(&engine, request(39, 5)).tokens.len(), 1);
     assert_eq!(run(&engine, request(40, 0)).tokens.len(), 0);
 }
+
+#[test]
+fn a_pooled_prompt_does_not_depend_on_chunks_or_neighbours() {
+    let pooled = |prompt_len, pooling| GenerateRequest { pooling: Some(pooling), ..request(prompt_len, 0) };
+    let whole = start(EngineOptions { max_num_batched_tokens: 256, ..options(64) });
+    let chunked = start(EngineOptions { max_num_batched_tokens: 7, ..options(64) });
+    for pooling in [Pooling::Mean, Pooling::Last] {
+        let alone = run(&whole, pooled(100, pooling)).embedding.expect("a vector was asked for");
+        assert_eq!(alone.len(), 256);
+        let others: Vec<_> =
+            (1..6).map(|len| chunked.submit(request(len, 20)).expect("it is taken")).collect();
+        assert_eq!(run(&chunked, pooled(100, pooling)).embedding, Some(alone.clone()));
+        others.into_iter().for_each(|other| drop(hear(other)));
+        assert_ne!(run(&whole, pooled(99, pooling)).embedding, Some(alone));
+    }
+    // The last token's state is the mean of a prompt of one token.
+    assert_eq!(
+        run(&whole, pooled(1, Pooling::Mean)).embedding,
+        run(&whole, pooled(1, Pooling::Last)).embedding
+    );
+    assert_eq!(run(&whole, request(5, 0)).embedding, None);
+}

@@ -9,6 +9,7 @@ mod chat;
 mod command_line;
 mod completions;
 mod connections;
+mod embeddings;
 mod errors;
 mod metrics;
 mod page;

@@ -25,6 +25,7 @@ fn sequence(id: u64, prompt: usize, max_tokens: usize) -> Sequence {
         scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
+        pooling: None,
     };
     Sequence::new(SequenceId(id), request, usize::MAX)
 }
@@ -152,6 +153,7 @@ fn sequences_end_for_the_right_reason() {
             scheduling: Scheduling::default(),
             logprobs: None,
             prompt_logprobs: None,
+            pooling: None,
         };
         let mut scheduler = scheduler(1, 100, 10);
         scheduler.add(Sequence::new(SequenceId(0), request, 100));
@@ -179,6 +181,7 @@ fn the_context_ends_a_sequence() {
         scheduling: Scheduling::default(),
         logprobs: None,
         prompt_logprobs: None,
+        pooling: None,
     };
     scheduler.add(Sequence::new(SequenceId(0), request, 6));
     assert_eq!([step(&mut scheduler), step(&mut scheduler)], [vec![(0, 4)], vec![(0, 1)]]);
@@ -214,6 +217,7 @@ fn sequence_of(id: u64, prompt: Vec<u32>, max_tokens: usize, scheduling: Schedul
         scheduling,
         logprobs: None,
         prompt_logprobs: None,
+        pooling: None,
     };
     Sequence::new(SequenceId(id), request, usize::MAX)
 }
@@ -300,6 +304,7 @@ fn a_prompt_that_is_scored_is_computed() {
             scheduling: Scheduling::default(),
             logprobs: None,
             prompt_logprobs: (id == 1).then_some(0),
+            pooling: None,
         };
         scheduler.add(Sequence::new(SequenceId(id), request, 100));
         let mut batch = Batch::default();
@@ -661,6 +666,7 @@ fn drafts_fit_what_is_left() {
             scheduling: Scheduling::default(),
             logprobs: None,
             prompt_logprobs: None,
+            pooling: None,
         };
         scheduler.add(Sequence::new(SequenceId(0), request, 100));
         let mut batch = Batch::default();
