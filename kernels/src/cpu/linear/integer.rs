@@ -159,7 +159,9 @@ impl Task<'_> {
                 while let Some(mut strip) = strips.next() {
                     let codec = self.problem.codec;
                     let whole_bytes = KIND == BYTES && !D::ONE_DOT;
-                    let exponents = self.problem.narrow && !whole_bytes && strip.has_narrow_scales();
+                    // With two planes there are twice as many additions, and their units are the busy ones.
+                    let exponents =
+                        P == 1 && self.problem.narrow && !whole_bytes && strip.has_narrow_scales();
                     let (panel, packed) = (memory, &strip);
                     D::outlined(DecodeStrip::<KIND> { codec, strip: packed, panel, panel_scales, exponents });
                     (strip.codes, strip.scales) = (memory, panel_scales.cast());
