@@ -25,9 +25,11 @@ mod sink;
 mod source;
 mod staging;
 pub mod study;
+mod text_tokenizer;
 
 pub use convert::{Options, convert, default_output};
 pub use error::ConvertError;
 pub use progress::{ConsoleProgress, Progress};
 pub use report::{Report, TensorReport, Totals};
 pub use source::SourceTensor;
+pub use text_tokenizer::{TextTokenizer, TokenizerError};

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use models::ModelError;
 
+use crate::text_tokenizer::TokenizerError;
+
 /// A calibration that failed. Every message is one line and names the file, module or flag.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrationError {
@@ -16,12 +18,16 @@ pub enum CalibrationError {
         error: std::io::Error,
     },
     /// The model has no tokenizer, or none that can be read.
-    #[error("{}: {reason}", path.display())]
-    Tokenizer {
-        /// `tokenizer.json`.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The model is no Hugging Face folder.
+    #[error(
+        "{}: calibration needs a Hugging Face folder with tokenizer.json; convert from one",
+        path.display()
+    )]
+    NoFolder {
+        /// The model.
         path: PathBuf,
-        /// What is wrong.
-        reason: String,
     },
     /// The text is too short to fill two windows: one to calibrate on, one to check with.
     #[error(

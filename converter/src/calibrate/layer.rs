@@ -11,7 +11,7 @@ use models::staged::{Ends, Parameters, Stage, StagedLayer, Stager, WindowState};
 use super::store::{LayerResult, PackedModule, StageRecord};
 use super::streams;
 use super::sums::{Finished, Inputs, OutputError, Sums, Wanted};
-use super::text::Windows;
+use super::text::CalibrationWindows;
 use super::{CalibrationError, HeldOutPerplexity, Job};
 use crate::error::ConvertError;
 use crate::quantize::{Problem, Quantized, retarget};
@@ -26,7 +26,7 @@ pub(super) struct Calibrator<'a> {
     pub(super) config: &'a ModelConfig,
     /// Of the modules to quantize.
     pub(super) schemes: BTreeMap<&'a str, Scheme>,
-    /// Windows that modules are quantized on; the others compare.
+    /// CalibrationWindows that modules are quantized on; the others compare.
     pub(super) seen: usize,
     /// All windows.
     pub(super) quantized: Vec<WindowState>,
@@ -266,7 +266,7 @@ impl Calibrator<'_> {
     }
 
     /// On the windows that are compared on, after the last layer.
-    pub(super) fn perplexity(&mut self, ends: &Ends, windows: &Windows) -> HeldOutPerplexity {
+    pub(super) fn perplexity(&mut self, ends: &Ends, windows: &CalibrationWindows) -> HeldOutPerplexity {
         let tokens = &windows.tokens[windows.seen()..];
         let stager = &mut self.stager;
         let mut of = |states: &[WindowState]| {

@@ -27,13 +27,14 @@ pub use store::StageRecord;
 pub(crate) use store::Store;
 
 use self::layer::Calibrator;
-use self::text::Windows;
+use self::text::CalibrationWindows;
 use crate::error::ConvertError;
 use crate::layout;
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::quantize::CalibratedMethod;
 use crate::source::Source;
+use crate::text_tokenizer::TextTokenizer;
 
 /// How to calibrate.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +43,7 @@ pub struct Calibration {
     pub method: CalibratedMethod,
     /// A text like those that the model will see.
     pub text: PathBuf,
-    /// Windows of text, at most.
+    /// CalibrationWindows of text, at most.
     pub windows: usize,
     /// Tokens of a window.
     pub window_tokens: usize,
@@ -65,9 +66,9 @@ pub struct CalibrationReport {
     pub method: &'static str,
     /// File name of the text.
     pub text: String,
-    /// Windows that modules were quantized on.
+    /// CalibrationWindows that modules were quantized on.
     pub windows: usize,
-    /// Windows that results were compared on.
+    /// CalibrationWindows that results were compared on.
     pub held_out: usize,
     /// Tokens of a window.
     pub window_tokens: usize,
@@ -172,11 +173,11 @@ impl Job<'_> {
     }
 
     /// Index of the first window that the unquantized model runs on, too.
-    fn first_original(&self, windows: &Windows) -> usize {
+    fn first_original(&self, windows: &CalibrationWindows) -> usize {
         if self.calibration.drift_correction == 0.0 { windows.seen() } else { 0 }
     }
 
-    fn windows(&self, config: &ModelConfig) -> Result<Windows, CalibrationError> {
+    fn windows(&self, config: &ModelConfig) -> Result<CalibrationWindows, CalibrationError> {
         let Calibration { text, windows, window_tokens, .. } = self.calibration;
         if text.as_os_str().is_empty() {
             return Err(CalibrationError::NoText { method: self.calibration.method.name() });
@@ -185,18 +186,14 @@ impl Job<'_> {
             return Err(CalibrationError::Window { window: *window_tokens, max: config.max_model_len });
         }
         let Source::Folder { checkpoint, .. } = self.source else {
-            return Err(CalibrationError::Tokenizer {
-                path: self.source.path_of(None),
-                reason: "calibration needs a Hugging Face folder with tokenizer.json; convert from one"
-                    .to_owned(),
-            });
+            return Err(CalibrationError::NoFolder { path: self.source.path_of(None) });
         };
-        let tokenizer = checkpoint.dir().join("tokenizer.json");
-        Windows::read(&tokenizer, text, *windows, *window_tokens, config.vocab_size)
+        let tokenizer = TextTokenizer::open(checkpoint.dir())?;
+        CalibrationWindows::read(&tokenizer, text, *windows, *window_tokens, config.vocab_size)
     }
 
     /// What a stored layer depends on.
-    fn settings(&self, windows: &Windows) -> Result<serde_json::Value, CalibrationError> {
+    fn settings(&self, windows: &CalibrationWindows) -> Result<serde_json::Value, CalibrationError> {
         let mut tokens = Sha256::new();
         for token in windows.tokens.iter().flatten() {
             tokens.update(token.to_le_bytes());

@@ -3,46 +3,39 @@
 use std::io::Read;
 use std::path::Path;
 
-use tokenizers::Tokenizer;
-
 use super::CalibrationError;
+use crate::text_tokenizer::TextTokenizer;
 
 /// Text is read up to here: far more than windows are made of, and tokenized in seconds.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// Windows of tokens: those to calibrate on, and those that stand for texts that have not been seen.
+/// CalibrationWindows of tokens: those to calibrate on, and those that stand for texts that have not been seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Windows {
+pub(crate) struct CalibrationWindows {
     /// All of them, `[tokens]` each.
     pub(crate) tokens: Vec<Vec<u32>>,
     /// The last ones are held out.
     pub(crate) held_out: usize,
 }
 
-impl Windows {
+impl CalibrationWindows {
     /// Up to `count` windows of `length` tokens, spread evenly over the text (its first 16 MiB), in the order of the text
     /// but for those held out, every sixteenth (at least one). No token is added to the text's own.
     pub(crate) fn read(
-        tokenizer: &Path,
+        tokenizer: &TextTokenizer,
         text: &Path,
         count: usize,
         length: usize,
         vocab: usize,
     ) -> Result<Self, CalibrationError> {
-        let bad = |reason: String| CalibrationError::Tokenizer { path: tokenizer.to_owned(), reason };
-        let mut parsed = Tokenizer::from_file(tokenizer).map_err(|e| bad(e.to_string()))?;
-        parsed.with_truncation(None).map_err(|e| bad(e.to_string()))?;
-        parsed.with_padding(None);
         let mut bytes = Vec::new();
         let file = std::fs::File::open(text).map_err(CalibrationError::io(text))?;
         file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(CalibrationError::io(text))?;
-        let encoded = parsed.encode_fast(String::from_utf8_lossy(&bytes), false);
-        let encoded = encoded.map_err(|e| bad(e.to_string()))?;
-        let ids = encoded.get_ids();
+        let ids = tokenizer.encode(&String::from_utf8_lossy(&bytes))?;
         if let Some(&token) = ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(CalibrationError::Vocabulary { path: tokenizer.to_owned(), token, vocab });
+            return Err(CalibrationError::Vocabulary { path: tokenizer.path().to_owned(), token, vocab });
         }
-        Self::spread(ids, count, length).ok_or_else(|| CalibrationError::TooShort {
+        Self::spread(&ids, count, length).ok_or_else(|| CalibrationError::TooShort {
             path: text.to_owned(),
             tokens: ids.len(),
             window: length,
@@ -70,7 +63,7 @@ impl Windows {
         Some(Self { tokens: seen, held_out: held_out_count })
     }
 
-    /// Windows to calibrate on.
+    /// CalibrationWindows to calibrate on.
     pub(crate) fn seen(&self) -> usize {
         self.tokens.len() - self.held_out
     }
@@ -83,7 +76,7 @@ mod tests {
     #[test]
     fn windows_spread_over_the_text_and_do_not_overlap() {
         let ids: Vec<u32> = (0..1000).collect();
-        let windows = Windows::spread(&ids, 32, 10).unwrap();
+        let windows = CalibrationWindows::spread(&ids, 32, 10).unwrap();
         assert_eq!((windows.tokens.len(), windows.held_out, windows.seen()), (32, 2, 30));
         let mut firsts: Vec<u32> = windows.tokens.iter().map(|window| window[0]).collect();
         firsts.sort_unstable();
@@ -95,8 +88,8 @@ mod tests {
     #[test]
     fn short_texts_give_fewer_windows_down_to_two() {
         let ids: Vec<u32> = (0..35).collect();
-        let windows = Windows::spread(&ids, 128, 10).unwrap();
+        let windows = CalibrationWindows::spread(&ids, 128, 10).unwrap();
         assert_eq!((windows.tokens.len(), windows.held_out), (3, 1));
-        assert_eq!(Windows::spread(&ids, 128, 20), None);
+        assert_eq!(CalibrationWindows::spread(&ids, 128, 20), None);
     }
 }

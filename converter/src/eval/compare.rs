@@ -8,10 +8,12 @@ use kernels::{Backend, Device, KvCacheDtype};
 use models::checkpoint::{ActivationChoice, Checkpoint};
 use models::{LinearInfo, Model};
 
+use crate::text_tokenizer::TextTokenizer;
+
 use super::task::{Task, TaskScore, answer};
 use super::{
-    Baseline, Divergence, EvalError, Evaluation, ModelResult, Perplexity, TaskResult, TextResult,
-    TextTokenizer, Windows, divergence, perplexity,
+    Baseline, Divergence, EvalError, Evaluation, ModelResult, Perplexity, TaskResult, TextResult, Windows,
+    divergence, perplexity,
 };
 
 /// What to evaluate, and how.

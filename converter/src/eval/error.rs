@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use models::ModelError;
 use models::checkpoint::CheckpointError;
 
+use crate::text_tokenizer::TokenizerError;
+
 /// An evaluation that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
@@ -31,13 +33,8 @@ pub enum EvalError {
         error: std::io::Error,
     },
     /// The tokenizer is missing or wrong, or has no token for some of the text.
-    #[error("{}: {reason}", path.display())]
-    Tokenizer {
-        /// Its file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// The text has fewer tokens than the windows take.
     #[error("{}: {actual} tokens; {windows} windows of {length} take {}", path.display(), windows * length)]
     ShortText {

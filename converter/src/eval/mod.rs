@@ -20,4 +20,4 @@ pub use error::EvalError;
 pub use perplexity::{Perplexity, perplexity};
 pub use result::{Evaluation, ModelResult, TaskResult, TextResult};
 pub use task::{Task, TaskScore, answer};
-pub use text::{TextTokenizer, Windows};
+pub use text::Windows;

@@ -7,9 +7,10 @@ use kernels::{Backend, KvCacheDtype};
 use models::Model;
 use serde::{Deserialize, Serialize};
 
+use super::EvalError;
 use super::runner::{Group, Runner};
 use super::scores::score;
-use super::{EvalError, TextTokenizer};
+use crate::text_tokenizer::TextTokenizer;
 
 /// A line of a task's file. PIQA and ARC have `question` and `choices`, HellaSwag `ctx` and `endings`.
 #[derive(Debug, Deserialize)]

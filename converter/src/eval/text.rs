@@ -1,65 +1,9 @@
-//! Texts as tokens.
+//! Texts as windows of tokens.
 
-use std::path::{Path, PathBuf};
-
-use sha2::{Digest, Sha256};
-use tokenizers::Tokenizer;
+use std::path::Path;
 
 use super::EvalError;
-
-/// File of a checkpoint folder that says how text becomes tokens.
-const TOKENIZER_FILE: &str = "tokenizer.json";
-
-/// A model's tokenizer. It adds no special tokens: what is scored is the text.
-pub struct TextTokenizer {
-    path: PathBuf,
-    tokenizer: Tokenizer,
-}
-
-impl std::fmt::Debug for TextTokenizer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TextTokenizer").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-impl TextTokenizer {
-    /// Reads `tokenizer.json` of a checkpoint folder.
-    ///
-    /// # Errors
-    /// It is missing, or no tokenizer.
-    pub fn open(folder: &Path) -> Result<Self, EvalError> {
-        let path = folder.join(TOKENIZER_FILE);
-        let bytes = std::fs::read(&path).map_err(EvalError::io(&path))?;
-        let wrong =
-            |error: tokenizers::Error| EvalError::Tokenizer { path: path.clone(), reason: error.to_string() };
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(wrong)?;
-        // Settings of training would cut or fill what is measured.
-        tokenizer.with_truncation(None).map_err(wrong)?;
-        tokenizer.with_padding(None);
-        Ok(Self { path, tokenizer })
-    }
-
-    /// SHA-256 of `tokenizer.json` of a checkpoint folder: equal files make equal tokens.
-    ///
-    /// # Errors
-    /// It is missing.
-    pub fn digest(folder: &Path) -> Result<[u8; 32], EvalError> {
-        let path = folder.join(TOKENIZER_FILE);
-        Ok(Sha256::digest(std::fs::read(&path).map_err(EvalError::io(&path))?).into())
-    }
-
-    /// Token ids of `text`.
-    ///
-    /// # Errors
-    /// The vocabulary has nothing for some of it.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, EvalError> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|error| EvalError::Tokenizer { path: self.path.clone(), reason: error.to_string() })?;
-        Ok(encoding.get_ids().to_vec())
-    }
-}
+use crate::text_tokenizer::TextTokenizer;
 
 /// Windows of equal length, side by side from the beginning of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]

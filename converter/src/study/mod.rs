@@ -30,6 +30,7 @@ pub use sample::default_output;
 pub use spread::Spread;
 
 use crate::eval::{EvalError, table::table};
+use crate::text_tokenizer::TokenizerError;
 use measure::Sample;
 
 /// What to study.
@@ -66,6 +67,9 @@ pub enum StudyError {
     /// The text, or the device.
     #[error(transparent)]
     Eval(#[from] EvalError),
+    /// The folder's tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// The model cannot be loaded.
     #[error("{}: {error}", path.display())]
     Model {

@@ -11,7 +11,8 @@ use models::{KvCache, ModelConfig, Observer, StepInputs, StepSequence, Workspace
 
 use super::StudyError;
 use super::quantizer::Matrix;
-use crate::eval::{EvalError, TextTokenizer, Windows};
+use crate::eval::{EvalError, Windows};
+use crate::text_tokenizer::TextTokenizer;
 
 /// Linear modules of a decoder layer, those that read one input together.
 const GROUPS: [&[&str]; 4] =

@@ -3,7 +3,8 @@
 use std::num::NonZeroUsize;
 use std::path::Path;
 
-use converter::eval::{Baseline, Perplexity, TextTokenizer, Windows, divergence, perplexity};
+use converter::TextTokenizer;
+use converter::eval::{Baseline, Perplexity, Windows, divergence, perplexity};
 use kernels::{Device, KvCacheDtype};
 use models::checkpoint::Checkpoint;
 use serde_json::Value;
