@@ -1,6 +1,6 @@
 //! How the codes of a weight become the integers of an int8 dot product.
 
-use crate::cpu::packed::BLOCK;
+use crate::cpu::packed::{BLOCK, sextet_low_word, sextet_upper_word};
 use crate::cpu::simd::dot::Dot;
 use crate::cpu::simd::{LANES, Lanes};
 use crate::mx::{Cast, ElementType, Scheme};
@@ -115,6 +115,15 @@ unsafe fn words<D: Dot>(block: *const u8, w: usize) -> D {
     unsafe { D::load(block.add(w * size_of::<[u32; 16]>())) }
 }
 
+/// Words `w..w + 4`.
+#[inline(always)]
+unsafe fn four_words<D: Dot>(block: *const u8, w: usize) -> [D; 4] {
+    // SAFETY: as `words`.
+    unsafe {
+        [words::<D>(block, w), words::<D>(block, w + 1), words::<D>(block, w + 2), words::<D>(block, w + 3)]
+    }
+}
+
 impl<D: Dot> Codec<D> for Nibbles<D> {
     const BLOCK_BYTES: usize = 4 * LANES * BLOCK / 8;
     const BYTES: bool = false;
@@ -146,8 +155,12 @@ impl<D: Dot> Codec<D> for Sextets<D> {
     unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
         // SAFETY: the trait's contract.
         unsafe {
-            let (a, b) = (words::<D>(block, 2 * half), words::<D>(block, 2 * half + 1));
-            let (upper, t) = (words::<D>(block, 4 + half), self.0);
+            let upper = words::<D>(block, sextet_upper_word(half));
+            let (a, b) = (
+                words::<D>(block, sextet_low_word(2 * half)),
+                words::<D>(block, sextet_low_word(2 * half + 1)),
+            );
+            let t = self.0;
             [
                 a.sextets::<false, 0>(upper, t),
                 a.sextets::<true, 1>(upper, t),
@@ -169,11 +182,8 @@ impl<D: Dot> Codec<D> for Bytes {
     unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
         // SAFETY: the trait's contract.
         unsafe {
-            let mut quads = [D::splat(0); 4];
-            for (i, quad) in quads.iter_mut().enumerate() {
-                *quad = words::<D>(block, 4 * half + i).raised_bytes();
-            }
-            quads
+            let [a, b, c, d] = four_words::<D>(block, 4 * half);
+            [a.raised_bytes(), b.raised_bytes(), c.raised_bytes(), d.raised_bytes()]
         }
     }
 }
@@ -190,13 +200,7 @@ impl<const BYTES: bool, const EXPONENTS: bool, D: Dot> Codec<D> for Decoded<BYTE
     #[inline(always)]
     unsafe fn quads(self, block: *const u8, half: usize) -> [D; 4] {
         // SAFETY: the trait's contract.
-        unsafe {
-            let mut quads = [D::splat(0); 4];
-            for (i, quad) in quads.iter_mut().enumerate() {
-                *quad = words::<D>(block, 4 * half + i);
-            }
-            quads
-        }
+        unsafe { four_words(block, 4 * half) }
     }
     #[inline(always)]
     unsafe fn scales(scales: *const u8) -> D::Float {

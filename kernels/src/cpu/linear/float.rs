@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::{Output, Part};
 use crate::backend::DenseDtype;
-use crate::cpu::packed::{BLOCK, PackedWeight, Storage};
+use crate::cpu::packed::{BLOCK, PackedWeight, Storage, sextet_low_word, sextet_upper_word};
 use crate::cpu::simd::{HalfFields, LANES, Lanes, dispatch};
 
 /// Rows (tokens) up to which weights are decoded in registers instead of into scratch.
@@ -48,9 +48,10 @@ impl Codec for Sextets<'_> {
     #[inline(always)]
     unsafe fn quad<L: Lanes>(&self, block: *const u8, q: usize) -> [L; 4] {
         let words = block.cast::<u32>();
-        // SAFETY: low words q / 2, and upper words q / 4 behind the four low ones.
+        // SAFETY: the words are inside the block.
         unsafe {
-            let (low, high) = (words.add(q / 2 * LANES), words.add((4 + q / 4) * LANES));
+            let (low, high) =
+                (words.add(sextet_low_word(q / 2) * LANES), words.add(sextet_upper_word(q / 4) * LANES));
             L::from_sextets(low, q % 2, high, q % 4, self.0)
         }
     }

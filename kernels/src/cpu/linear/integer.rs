@@ -1,15 +1,15 @@
 //! Products by int8 dot products: how they are cut into tiles.
 //!
 //! A [tile](super::tile) decodes packed weights in registers on its way along K, which costs little beside the products
-//! of a few tokens. A prompt has many tiles for the same weights: there they are decoded once, a range of K at a time,
-//! into a panel that stays in the first cache while the tiles of tokens pass by. So one kernel serves a single token as
-//! well as a long prompt; what changes is where its weights come from.
+//! of a few tokens. A prompt has many tiles for the same weights: there the first tile keeps what it decodes, a range of
+//! K at a time, in a panel that stays in the nearest caches while the other tiles of tokens pass by. So one kernel serves
+//! a single token as well as a long prompt; what changes is where its weights come from.
 
 use std::ops::Range;
 
 use super::codec::{CodeKind, IntegerCodec};
 use super::image::PLANE_WORDS;
-use super::tile::{BYTES, DECODED, DECODED_BYTES, DecodeStrip, LINE, NARROW, NIBBLES, SEXTETS, Strip, Tile};
+use super::tile::{BYTES, DECODED, DECODED_BYTES, LINE, NARROW, NIBBLES, Panel, SEXTETS, Strip, Tile};
 use super::{Output, Part};
 use crate::cpu::packed::{BLOCK, PackedWeight};
 use crate::cpu::simd::dot::{Dot, DotWork};
@@ -157,24 +157,26 @@ impl Task<'_> {
                 });
                 let mut strips = strips.map(|(group, blocks)| self.strip(group, blocks)).peekable();
                 while let Some(mut strip) = strips.next() {
-                    let codec = self.problem.codec;
                     let whole_bytes = KIND == BYTES && !D::ONE_DOT;
                     // With two planes there are twice as many additions, and their units are the busy ones.
                     let exponents =
                         P == 1 && self.problem.narrow && !whole_bytes && strip.has_narrow_scales();
-                    let (panel, packed) = (memory, &strip);
-                    D::outlined(DecodeStrip::<KIND> { codec, strip: packed, panel, panel_scales, exponents });
-                    (strip.codes, strip.scales) = (memory, panel_scales.cast());
-                    strip.fetch = false;
                     let carry =
                         totals.wrapping_add((strip.group - self.part.groups.start) * tokens.len() * LANES);
-                    let (tokens, next) = (tokens.clone(), strips.peek());
+                    // The first tile decodes them for all.
+                    let first = tokens.start..(tokens.start + self.problem.tile_tokens).min(tokens.end);
+                    let rest = first.end..tokens.end;
+                    let panel = Panel { codes: memory, scales: panel_scales, exponents };
+                    self.tile::<D, KIND, P, true>(&strip, first.start, first.len(), carry, panel);
+                    let carry = carry.wrapping_add(first.len() * LANES);
+                    strip = Strip { codes: memory, scales: panel_scales.cast(), fetch: false, ..strip };
+                    let next = strips.peek();
                     if exponents {
-                        self.tiles::<D, NARROW, P>(strip, tokens, carry, next);
+                        self.tiles::<D, NARROW, P>(strip, rest, carry, next);
                     } else if whole_bytes {
-                        self.tiles::<D, DECODED_BYTES, P>(strip, tokens, carry, next);
+                        self.tiles::<D, DECODED_BYTES, P>(strip, rest, carry, next);
                     } else {
-                        self.tiles::<D, DECODED, P>(strip, tokens, carry, next);
+                        self.tiles::<D, DECODED, P>(strip, rest, carry, next);
                     }
                 }
             }
@@ -206,7 +208,7 @@ impl Task<'_> {
         let tile_tokens = self.problem.tile_tokens;
         let next_lines = next
             .map_or(0, |next| (next.blocks.len() * self.problem.weight.storage.block_bytes()).div_ceil(LINE));
-        let lines_per_tile = next_lines.div_ceil(tokens.len().div_ceil(tile_tokens));
+        let lines_per_tile = next_lines.div_ceil(tokens.len().div_ceil(tile_tokens).max(1));
         for (i, token) in tokens.clone().step_by(tile_tokens).enumerate() {
             if let Some(next) = next {
                 for line in (i * lines_per_tile..(i + 1) * lines_per_tile).take_while(|&l| l < next_lines) {
@@ -217,24 +219,25 @@ impl Task<'_> {
             let count = tile_tokens.min(tokens.end - token);
             let carry = carry.wrapping_add((token - tokens.start) * LANES);
             // SAFETY: the part is inside the problem.
-            unsafe { self.tile::<D, KIND, P>(&strip, token, count, carry) };
+            unsafe { self.tile::<D, KIND, P, false>(&strip, token, count, carry, Panel::NONE) };
             // The first tile has brought the weights.
             strip.fetch = false;
         }
     }
 
     #[inline(always)]
-    unsafe fn tile<D: Dot, const KIND: u8, const P: usize>(
+    unsafe fn tile<D: Dot, const KIND: u8, const P: usize, const KEEP: bool>(
         &self,
         strip: &Strip,
         token: usize,
         count: usize,
         carry: *mut f32,
+        panel: Panel,
     ) {
         let problem = self.problem;
         macro_rules! tile {
             ($t:literal) => {
-                D::outlined(Tile::<KIND, P, $t> { problem, strip, token, carry })
+                D::outlined(Tile::<KIND, P, $t, KEEP> { problem, strip, token, carry, panel })
             };
         }
         let max = const { max_tile_tokens::<D>(P) };

@@ -125,21 +125,67 @@ unsafe fn fold_scaled<D: Dot, const P: usize, const T: usize>(
     }
 }
 
-/// Asks for what follows `block` in memory, where there are `dots` dot products per quad.
+/// Dot products per quad up to which weights pass as fast as memory gives them.
 ///
-/// The distances are measured: one row's weights, which pass as fast as memory gives them, come soonest when they are
-/// asked for 2048 bytes ahead (4096, a page, is slower than not at all), those of larger tiles from farther.
+/// They are read in the order of their addresses, and hardware prefetchers then do better alone than with any prefetches
+/// of ours (measured at distances from 256 to 16384 bytes). With more work between the loads they fall behind.
+const MEMORY_BOUND_DOTS: usize = 2;
+
+/// Asks for what follows `block` in memory.
 #[inline(always)]
-unsafe fn prefetch<D: Dot, C: Codec<D>>(block: *const u8, dots: usize) {
+unsafe fn prefetch<D: Dot, C: Codec<D>>(block: *const u8) {
     /// Bytes ahead, for the first cache.
     const NEAR: usize = 512;
-    // And for the second.
-    let far = if dots <= 2 { 2048 } else { 8192 };
+    /// And for the second.
+    const FAR: usize = 8192;
     for line in (0..C::BLOCK_BYTES).step_by(LINE) {
         // SAFETY: an address may be any.
         unsafe {
             D::prefetch::<false>(block.wrapping_add(NEAR + line));
-            D::prefetch::<true>(block.wrapping_add(far + line));
+            D::prefetch::<true>(block.wrapping_add(FAR + line));
+        }
+    }
+}
+
+/// Memory for a strip's weights after decoding.
+#[derive(Clone, Copy)]
+pub(super) struct Panel {
+    /// [`Decoded`] blocks.
+    pub(super) codes: *mut u8,
+    /// Their scales: F32, or I32 for the exponents.
+    pub(super) scales: *mut f32,
+    /// Whether scales are for the exponents.
+    pub(super) exponents: bool,
+}
+
+impl Panel {
+    /// For tiles that keep nothing.
+    pub(super) const NONE: Self =
+        Self { codes: std::ptr::null_mut(), scales: std::ptr::null_mut(), exponents: false };
+
+    /// Keeps quads `4 * half .. 4 * half + 4` of block `b`.
+    #[inline(always)]
+    unsafe fn keep_quads<D: Dot>(self, b: usize, half: usize, quads: [D; 4]) {
+        // SAFETY: the panel has room for the strip.
+        unsafe {
+            let out = self.codes.add(b * <Decoded<false, false> as Codec<D>>::BLOCK_BYTES);
+            for (i, quad) in quads.into_iter().enumerate() {
+                quad.store(out.add((4 * half + i) * size_of::<[u32; LANES]>()));
+            }
+        }
+    }
+
+    /// Keeps the scales of block `b`, which are powers of two.
+    #[inline(always)]
+    unsafe fn keep_scales<D: Dot>(self, b: usize, scales: D::Float) {
+        // SAFETY: the panel has room for the strip.
+        unsafe {
+            let out = self.scales.add(b * LANES);
+            scales.store(out);
+            if self.exponents {
+                const ONE: i32 = 1.0_f32.to_bits() as i32;
+                D::load(out.cast()).add(D::splat(-ONE)).store(out.cast());
+            }
         }
     }
 }
@@ -164,23 +210,27 @@ impl Strip {
     pub(super) unsafe fn has_narrow_scales(&self) -> bool {
         // SAFETY: a scale per row of a group and block.
         let scales = unsafe { std::slice::from_raw_parts(self.scales, self.blocks.len() * LANES) };
-        scales.iter().all(|scale| NARROW_SCALES.contains(scale))
+        // Both bounds without leaving early: that is done for many scales at once.
+        let (min, max) = scales.iter().fold((u8::MAX, u8::MIN), |(min, max), &s| (s.min(min), s.max(max)));
+        NARROW_SCALES.contains(&min) && NARROW_SCALES.contains(&max)
     }
 }
 
 /// A strip x `T` tokens from `token`.
-pub(super) struct Tile<'a, const KIND: u8, const P: usize, const T: usize> {
+pub(super) struct Tile<'a, const KIND: u8, const P: usize, const T: usize, const KEEP: bool> {
     pub(super) problem: &'a Problem<'a>,
     pub(super) strip: &'a Strip,
     pub(super) token: usize,
     /// Totals `[T, LANES]` of the blocks before the strip's, and then with these; used if a strip is not all of K.
     pub(super) carry: *mut f32,
+    /// Where decoded weights go on their way, if `KEEP`.
+    pub(super) panel: Panel,
 }
 
-impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
+impl<const KIND: u8, const P: usize, const T: usize, const KEEP: bool> Tile<'_, KIND, P, T, KEEP> {
     #[inline(always)]
     unsafe fn multiply<D: Dot, C: Codec<D>>(self, codec: C) {
-        let Self { problem: Problem { weight, image, out, .. }, strip, token, carry } = self;
+        let Self { problem: Problem { weight, image, out, .. }, strip, token, carry, panel } = self;
         let all = weight.blocks();
         // SAFETY: the strip is inside the weight or a panel of it, the tile inside the image.
         unsafe {
@@ -192,9 +242,9 @@ impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
                     totals[t] = D::Float::load(carry.add(t * LANES));
                 }
             }
-            for _ in strip.blocks.clone() {
-                if strip.fetch {
-                    prefetch::<D, C>(block, P * T);
+            for b in 0..strip.blocks.len() {
+                if P * T > MEMORY_BOUND_DOTS && strip.fetch {
+                    prefetch::<D, C>(block);
                 }
                 let mut sums = if C::EXPONENTS {
                     start_scaled::<D, P, T>(x, D::load(scales))
@@ -203,6 +253,9 @@ impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
                 };
                 for half in 0..2 {
                     let quads = codec.quads(block, half);
+                    if KEEP {
+                        panel.keep_quads(b, half, quads);
+                    }
                     for i in 0..4 {
                         if C::BYTES && !D::ONE_DOT {
                             multiply::<D, true, P, T>(&mut sums, quads[i], x, 4 * half + i);
@@ -214,7 +267,11 @@ impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
                 if C::EXPONENTS {
                     fold_scaled::<D, P, T>(&mut totals, sums, x, D::load(scales));
                 } else {
-                    fold::<D, P, T>(&mut totals, sums, x, C::scales(scales));
+                    let scales = C::scales(scales);
+                    fold::<D, P, T>(&mut totals, sums, x, scales);
+                    if KEEP {
+                        panel.keep_scales::<D>(b, scales);
+                    }
                 }
                 block = block.add(C::BLOCK_BYTES);
                 scales = scales.add(C::SCALE_BYTES);
@@ -231,7 +288,9 @@ impl<const KIND: u8, const P: usize, const T: usize> Tile<'_, KIND, P, T> {
     }
 }
 
-impl<const KIND: u8, const P: usize, const T: usize> DotWork for Tile<'_, KIND, P, T> {
+impl<const KIND: u8, const P: usize, const T: usize, const KEEP: bool> DotWork
+    for Tile<'_, KIND, P, T, KEEP>
+{
     type Output = ();
 
     #[inline(always)]
@@ -246,63 +305,6 @@ impl<const KIND: u8, const P: usize, const T: usize> DotWork for Tile<'_, KIND, 
                 DECODED => self.multiply::<D, Decoded<false, false>>(Codec::<D>::new(codec)),
                 NARROW => self.multiply::<D, Decoded<false, true>>(Codec::<D>::new(codec)),
                 _ => self.multiply::<D, Decoded<true, false>>(Codec::<D>::new(codec)),
-            }
-        }
-    }
-}
-
-/// Decodes a strip into a panel: the bytes of its blocks, then their scales.
-pub(super) struct DecodeStrip<'a, const KIND: u8> {
-    pub(super) codec: &'a IntegerCodec,
-    pub(super) strip: &'a Strip,
-    /// [`Decoded`] blocks.
-    pub(super) panel: *mut u8,
-    /// Their scales: F32, or I32 for the exponents.
-    pub(super) panel_scales: *mut f32,
-    /// Whether scales are for the exponents.
-    pub(super) exponents: bool,
-}
-
-impl<const KIND: u8> DecodeStrip<'_, KIND> {
-    #[inline(always)]
-    unsafe fn decode<D: Dot, C: Codec<D>>(self, codec: C) {
-        let Self { strip, panel, panel_scales, exponents, .. } = self;
-        // SAFETY: the strip is inside the weight; the panel has room for its blocks.
-        unsafe {
-            for b in 0..strip.blocks.len() {
-                let block = strip.codes.add(b * C::BLOCK_BYTES);
-                prefetch::<D, C>(block, 1);
-                let out = panel.add(b * <Decoded<false, false> as Codec<D>>::BLOCK_BYTES);
-                for half in 0..2 {
-                    for (i, quad) in codec.quads(block, half).into_iter().enumerate() {
-                        quad.store(out.add((4 * half + i) * size_of::<[u32; LANES]>()));
-                    }
-                }
-                let (scales, out) = (strip.scales.add(b * C::SCALE_BYTES), panel_scales.add(b * LANES));
-                if exponents {
-                    for lane in 0..LANES {
-                        *out.cast::<i32>().add(lane) = (i32::from(*scales.add(lane)) - 127) << 23;
-                    }
-                } else {
-                    C::scales(scales).store(out);
-                }
-            }
-        }
-    }
-}
-
-impl<const KIND: u8> DotWork for DecodeStrip<'_, KIND> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<D: Dot>(self) {
-        let codec = self.codec;
-        // SAFETY: as `decode`.
-        unsafe {
-            match KIND {
-                NIBBLES => self.decode::<D, Nibbles<D>>(Nibbles::new(codec)),
-                SEXTETS => self.decode::<D, Sextets<D>>(Sextets::new(codec)),
-                _ => self.decode::<D, Bytes>(Codec::<D>::new(codec)),
             }
         }
     }
