@@ -100,7 +100,7 @@ struct ConvertArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 512, requires = "calibration")]
     calibration_window: usize,
 
-    /// How much of what earlier modules got wrong a module is to make up for, from 0 to 1 [default: 0].
+    /// How much of what earlier modules got wrong a module is to make up for, from 0 to 1 [default: 0.5].
     #[arg(long, value_name = "SHARE", requires = "calibration", value_parser = calibration::share)]
     drift_correction: Option<f32>,
 

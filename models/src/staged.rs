@@ -33,11 +33,6 @@ impl Stage {
     /// Every stage, in the order of execution.
     pub const ALL: [Self; 4] = [Self::Qkv, Self::AttentionOutput, Self::GateUp, Self::Down];
 
-    /// Whether its output is added to the residual stream.
-    pub const fn writes_residual(self) -> bool {
-        matches!(self, Self::AttentionOutput | Self::Down)
-    }
-
     /// Names of its modules in layer `index` of a model of `config`, with their output width N, and the width K of
     /// their input.
     pub fn modules(self, config: &ModelConfig, index: usize) -> (Vec<(String, usize)>, usize) {

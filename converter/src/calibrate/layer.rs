@@ -10,14 +10,15 @@ use models::staged::{Ends, Parameters, Stage, StagedLayer, Stager, WindowState};
 
 use super::store::{LayerResult, PackedModule, StageRecord};
 use super::streams;
-use super::sums::{Finished, Inputs, OutputError, Sums, Wanted};
+use super::sums::{Finished, Inputs, OutputError, Sums};
 use super::text::CalibrationWindows;
 use super::{CalibrationError, HeldOutPerplexity, Job};
 use crate::error::ConvertError;
 use crate::quantize::{Problem, Quantized, retarget};
 
 /// Holds weights that make up for earlier errors near the original ones: a share of the mean of the Hessian's diagonal.
-const RETARGET_DAMPING: f64 = 0.01;
+/// With a tenth of it, SmolLM2-135M in MXFP4 ends further from the original (Kullback-Leibler divergence 0.204, not 0.194).
+const RETARGET_DAMPING: f64 = 0.1;
 
 /// The windows on their way through three models: the quantized one, the unquantized one, and the direct cast.
 pub(super) struct Calibrator<'a> {
@@ -133,8 +134,7 @@ impl Calibrator<'_> {
             self.original.iter_mut().for_each(|state| self.stager.advance(original, stage, state));
             return Ok(());
         };
-        let bias = stage.writes_residual().then(|| parameters.vectors.get(&format!("{}.bias", first.name)));
-        let sums = self.sums(stage, cols, original, &modules, bias.flatten().map(Vec::as_slice));
+        let sums = self.sums(stage, cols, original, &modules);
         if !sums.iter().all(|sums| sums.seen.is_finite() && sums.held_out.is_finite()) {
             return Err(CalibrationError::NonFinite { module: first.name.clone() });
         }
@@ -188,52 +188,33 @@ impl Calibrator<'_> {
         })
     }
 
-    /// Sums the stage's inputs over all windows, and takes the unquantized model through the stage. `bias` is that of
-    /// the one module of a stage that adds to the residual stream.
+    /// Sums the stage's inputs over all windows, and takes the unquantized model through the stage.
     fn sums(
         &mut self,
         stage: Stage,
         cols: usize,
         original: &StagedLayer,
         modules: &[Module],
-        bias: Option<&[f32]>,
     ) -> Vec<StageSums<Finished>> {
+        let corrects = self.job.calibration.drift_correction > 0.0;
         let mut all: Vec<StageSums<Sums>> = Vec::new();
         for activation in modules.iter().map(|module| module.scheme.activation) {
             if !all.iter().any(|sums| sums.activation == activation) {
-                let (seen, held_out) = (Sums::new(cols, false), Sums::new(cols, true));
-                all.push(StageSums { activation, seen, held_out });
+                let new = |measured: bool| Sums::new(cols, corrects, measured);
+                all.push(StageSums { activation, seen: new(false), held_out: new(true) });
             }
         }
         let first_original = self.quantized.len() - self.original.len();
-        let corrects = self.job.calibration.drift_correction > 0.0;
-        let hidden = self.config.hidden_size;
         for (window, state) in self.quantized.iter().enumerate() {
-            let mut wanted = None;
-            if window >= first_original {
-                let original_state = &mut self.original[window - first_original];
-                let before = (corrects && !stage.writes_residual()).then(|| original_state.input.clone());
-                self.stager.advance(original, stage, original_state);
-                if corrects && stage.writes_residual() {
-                    // What brings the residual stream to where it is in the unquantized model.
-                    let mut lacking = difference(&original_state.residual, &state.residual);
-                    for token in lacking.chunks_exact_mut(hidden) {
-                        token.iter_mut().zip(bias.into_iter().flatten()).for_each(|(z, bias)| *z -= bias);
-                    }
-                    wanted = Some(lacking);
-                } else {
-                    wanted = before;
-                }
-            }
-            let wanted = match &wanted {
-                None => Wanted::Same,
-                Some(values) if stage.writes_residual() => Wanted::Outputs(values, hidden),
-                Some(values) => Wanted::OfInputs(values),
-            };
+            let wanted =
+                if window < first_original { None } else { self.original.get_mut(window - first_original) };
             for sums in &mut all {
                 let inputs = Inputs::new(&state.input, cols, sums.activation);
                 let sums = if window < self.seen { &mut sums.seen } else { &mut sums.held_out };
-                sums.add(&inputs, wanted);
+                sums.add(&inputs, wanted.as_ref().map(|wanted| &*wanted.input));
+            }
+            if let Some(state) = wanted {
+                self.stager.advance(original, stage, state);
             }
         }
         all.into_iter()
@@ -286,8 +267,4 @@ impl Calibrator<'_> {
 /// What direct cast does: the same, without a search that calibration steers.
 pub(super) fn nearest_cast(cast: Cast) -> Cast {
     if cast.scale_rounding == ScaleRounding::Mse { cast.format.into() } else { cast }
-}
-
-fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
-    a.iter().zip(b).map(|(a, b)| a - b).collect()
 }

@@ -40,86 +40,50 @@ impl Inputs {
     }
 }
 
-/// What a stage's output should be, token by token.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Wanted<'a> {
-    /// The unquantized product of the same inputs.
-    Same,
-    /// The unquantized product of these inputs `[tokens, K]`.
-    OfInputs(&'a [f32]),
-    /// These values `[tokens, N]`.
-    Outputs(&'a [f32], usize),
-}
-
-/// Sums over windows.
+/// Sums over windows of the inputs x that a stage has, and, where drift is corrected, of the inputs z that it should
+/// have: those of the unquantized model.
 #[derive(Debug)]
 pub(super) struct Sums {
     cols: usize,
     gram: Gram,
-    /// `x z'` `[K, width]`, z what [`Wanted`] has.
-    cross: Vec<f32>,
-    /// Of z, where it is inputs.
-    wanted_gram: Option<Gram>,
-    /// Summed squares of z, where it is outputs.
-    wanted_power: f64,
-    kind: Kind,
+    wanted: Option<WantedSums>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Same,
-    OfInputs,
-    Outputs,
+#[derive(Debug)]
+struct WantedSums {
+    /// `x z'` `[K, K]`.
+    cross: Vec<f32>,
+    /// `z z'`.
+    gram: Option<Gram>,
 }
 
 impl Sums {
-    /// For inputs of width K = `cols`; `measured` sums can tell [errors](Finished::error).
-    pub(super) fn new(cols: usize, measured: bool) -> Self {
-        Self {
-            cols,
-            gram: Gram::new(cols),
-            cross: Vec::new(),
-            wanted_gram: measured.then(|| Gram::new(cols)),
-            wanted_power: 0.0,
-            kind: Kind::Same,
-        }
+    /// For inputs of width K = `cols`, with those wanted if `corrects`; `measured` sums can tell [errors](Finished::error).
+    pub(super) fn new(cols: usize, corrects: bool, measured: bool) -> Self {
+        let wanted = corrects
+            .then(|| WantedSums { cross: vec![0.0; cols * cols], gram: measured.then(|| Gram::new(cols)) });
+        Self { cols, gram: Gram::new(cols), wanted }
     }
 
-    /// Adds a window.
-    pub(super) fn add(&mut self, inputs: &Inputs, wanted: Wanted<'_>) {
+    /// Adds a window; `wanted` `[tokens, K]` if there are sums of it.
+    pub(super) fn add(&mut self, inputs: &Inputs, wanted: Option<&[f32]>) {
         self.gram.add(&inputs.values);
-        let (values, width) = match wanted {
-            Wanted::Same => return,
-            Wanted::OfInputs(values) => {
-                self.kind = Kind::OfInputs;
-                (values, self.cols)
-            }
-            Wanted::Outputs(values, width) => {
-                self.kind = Kind::Outputs;
-                (values, width)
-            }
-        };
+        let Some((sums, values)) = self.wanted.as_mut().zip(wanted) else { return };
         let mut weighed = values.to_vec();
-        inputs.weigh(&mut weighed, width);
-        self.cross.resize(self.cols * width, 0.0);
-        add_transposed_product(&inputs.values, self.cols, &weighed, width, &mut self.cross);
-        match (self.kind, &mut self.wanted_gram) {
-            (Kind::OfInputs, Some(gram)) => gram.add(&weighed),
-            _ => self.wanted_power += weighed.iter().map(|&z| f64::from(z) * f64::from(z)).sum::<f64>(),
+        inputs.weigh(&mut weighed, self.cols);
+        add_transposed_product(&inputs.values, self.cols, &weighed, self.cols, &mut sums.cross);
+        if let Some(gram) = &mut sums.gram {
+            gram.add(&weighed);
         }
     }
 
     /// No more windows.
     pub(super) fn finish(self) -> Finished {
-        let wanted_gram = self.wanted_gram.filter(|_| self.kind == Kind::OfInputs).map(Gram::finish);
-        Finished {
-            cols: self.cols,
-            hessian: self.gram.finish(),
-            cross: self.cross,
-            wanted_gram,
-            wanted_power: self.wanted_power,
-            kind: self.kind,
-        }
+        let (cross, wanted_gram) = match self.wanted {
+            Some(sums) => (Some(sums.cross), sums.gram.map(Gram::finish)),
+            None => (None, None),
+        };
+        Finished { cols: self.cols, hessian: self.gram.finish(), cross, wanted_gram }
     }
 }
 
@@ -129,62 +93,41 @@ pub(super) struct Finished {
     cols: usize,
     /// `[K, K]`.
     pub(super) hessian: Vec<f32>,
-    cross: Vec<f32>,
+    /// `[K, K]`, with drift correction.
+    cross: Option<Vec<f32>>,
     wanted_gram: Option<Vec<f32>>,
-    wanted_power: f64,
-    kind: Kind,
 }
 
 impl Finished {
     /// Whether all sums are numbers.
     pub(super) fn is_finite(&self) -> bool {
-        self.hessian.iter().chain(&self.cross).all(|value| value.is_finite())
+        self.hessian.iter().chain(self.cross.iter().flatten()).all(|value| value.is_finite())
     }
 
-    /// The sum of `x (z - W x)'`, `[K, N]`: what the module W `[N, K]` lacks to the wanted outputs; `None` where it
-    /// lacks nothing.
+    /// The sum of `x (W z - W x)'`, `[K, N]`: what the module W `[N, K]` lacks to the wanted outputs; `None` without
+    /// drift correction.
     pub(super) fn missing(&self, weight: &[f32]) -> Option<Vec<f32>> {
-        let gram_product = |gram: &[f32]| product_transposed(gram, self.cols, weight);
-        match self.kind {
-            Kind::Same => None,
-            Kind::OfInputs => {
-                let difference: Vec<f32> = self
-                    .cross
-                    .chunks_exact(self.cols)
-                    .zip(self.hessian.chunks_exact(self.cols))
-                    .flat_map(|(c, h)| c.iter().zip(h).map(|(c, h)| c - h))
-                    .collect();
-                Some(gram_product(&difference))
-            }
-            Kind::Outputs => {
-                let have = gram_product(&self.hessian);
-                Some(self.cross.iter().zip(&have).map(|(wanted, have)| wanted - have).collect())
-            }
-        }
+        let difference: Vec<f32> =
+            self.cross.as_ref()?.iter().zip(&self.hessian).map(|(cross, own)| cross - own).collect();
+        Some(product_transposed(&difference, self.cols, weight))
     }
 
     /// Summed squares of the wanted outputs of W, and of what the outputs of `quantized`, both `[N, K]`, lack to them.
     pub(super) fn error(&self, weight: &[f32], quantized: &[f32]) -> OutputError {
         let form = |a: &[f32], gram: &[f32]| inner(&product(a, self.cols, gram), a);
-        let wanted = |cross: &[f32]| -> f64 {
-            let rows = weight.len() / self.cols;
-            let mut sum = 0.0;
-            for (n, row) in quantized.chunks_exact(self.cols).enumerate() {
-                for (k, &q) in row.iter().enumerate() {
-                    sum += f64::from(q) * f64::from(cross[k * rows + n]);
-                }
-            }
-            sum
-        };
-        let (power, error) = match (self.kind, &self.wanted_gram) {
-            (Kind::OfInputs, Some(gram)) => {
+        let (power, error) = match (&self.cross, &self.wanted_gram) {
+            (Some(cross), Some(gram)) => {
                 let power = form(weight, gram);
-                let cross = product_transposed(&self.cross, self.cols, weight);
-                (power, power - 2.0 * wanted(&cross) + form(quantized, &self.hessian))
-            }
-            (Kind::Outputs, _) => {
-                let power = self.wanted_power;
-                (power, power - 2.0 * wanted(&self.cross) + form(quantized, &self.hessian))
+                // `x (W z)'` `[K, N]`.
+                let cross = product_transposed(cross, self.cols, weight);
+                let rows = weight.len() / self.cols;
+                let mut both = 0.0;
+                for (n, row) in quantized.chunks_exact(self.cols).enumerate() {
+                    for (k, &q) in row.iter().enumerate() {
+                        both += f64::from(q) * f64::from(cross[k * rows + n]);
+                    }
+                }
+                (power, power - 2.0 * both + form(quantized, &self.hessian))
             }
             _ => {
                 let difference: Vec<f32> = weight.iter().zip(quantized).map(|(w, q)| w - q).collect();
