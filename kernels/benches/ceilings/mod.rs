@@ -1,7 +1,5 @@
 //! What a processor can do at most, measured: bytes read from memory, and products of each kind, per second.
 
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each call follows the test for its instructions")]
-
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
@@ -64,8 +62,8 @@ fn pages() -> Vec<u64> {
         use rustix::mm::{Advice, madvise};
         const HUGE_PAGE: usize = 2 << 20;
         let skip = words.as_ptr().cast::<u8>().align_offset(HUGE_PAGE);
-        // Advice that changes no content; the range is inside the allocation.
-        let start = unsafe { words.as_mut_ptr().cast::<u8>().add(skip) };
+        let start = words.as_mut_ptr().cast::<u8>().wrapping_add(skip);
+        // SAFETY: the advice changes no content; the range is inside the allocation, of which a page may be skipped.
         let _ = unsafe { madvise(start.cast(), READ_BYTES - HUGE_PAGE, Advice::LinuxHugepage) };
     }
     words.resize(READ_BYTES / size_of::<u64>(), 1);
@@ -85,8 +83,8 @@ fn read(threads: usize) -> f64 {
     })
 }
 
-/// Multiply-adds per round, and a function that does so many rounds.
-type Loop = (usize, fn(usize));
+/// Multiply-adds per round, and a function that does so many rounds, with instructions that the processor has.
+type Loop = (usize, unsafe fn(usize));
 
 /// Rounds of a [`Loop`]: some milliseconds.
 const ROUNDS: usize = 1 << 20;
@@ -94,29 +92,24 @@ const ROUNDS: usize = 1 << 20;
 const SUMS: usize = 16;
 
 fn products(threads: usize, (per_round, body): Loop) -> f64 {
-    best_of(threads, per_round * ROUNDS, || (), |()| body(ROUNDS))
+    // SAFETY: a loop's instructions are there.
+    best_of(threads, per_round * ROUNDS, || (), |()| unsafe { body(ROUNDS) })
 }
 
 macro_rules! sums_of {
     ($name:ident, $features:literal, $zero:expr, |$sum:ident, $w:ident, $x:ident| $step:expr) => {
         #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = $features)]
         fn $name(rounds: usize) {
             use std::arch::x86_64::*;
-            #[target_feature(enable = $features)]
-            fn run(rounds: usize) {
-                #[allow(unused_unsafe, reason = "some intrinsics are safe here")]
-                unsafe {
-                    let mut sums = [$zero; SUMS];
-                    let ($w, $x) = (black_box($zero), black_box($zero));
-                    for _ in 0..rounds {
-                        for $sum in &mut sums {
-                            *$sum = $step;
-                        }
-                    }
-                    black_box(sums);
+            let mut sums = [$zero; SUMS];
+            let ($w, $x) = (black_box($zero), black_box($zero));
+            for _ in 0..rounds {
+                for $sum in &mut sums {
+                    *$sum = $step;
                 }
             }
-            unsafe { run(rounds) }
+            black_box(sums);
         }
     };
 }
