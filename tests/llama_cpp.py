@@ -188,10 +188,12 @@ def llama_bench(options, programs, path, threads):
 
 
 def mxserve_bench(options, model, threads):
-    """{test: tokens per second} of one run."""
+    """{test: tokens per second} of one run; "read": weights per second over a plain read of as many threads."""
     lengths = ["-p", options.prompt, "-n", options.gen, "-r", 1]
     records = json.loads(run(options.mxserve, "bench", *model, *lengths, "-t", threads, "-o", "json"))
-    return {("pp" if record["n_prompt"] else "tg"): record["tokens_per_sec"]["median"] for record in records}
+    figures = {("pp" if record["n_prompt"] else "tg"): record["tokens_per_sec"]["median"] for record in records}
+    reads = [record for record in records if record["read_bytes_per_sec"]]
+    return figures | {"read": record["weight_bytes_per_sec"] / record["read_bytes_per_sec"] for record in reads}
 
 
 def in_turns(rounds, sides):
@@ -209,7 +211,7 @@ def in_turns(rounds, sides):
 def compare_offline(options, models, programs, model):
     """Prints a line for each pair and number of threads."""
     print(f"\n{model}: tokens per second, median of {options.rounds}; llama.cpp / mxserve, ratio\n")
-    print(f"| llama.cpp | mxserve | threads | pp{options.prompt} | tg{options.gen} |\n|---|---|---|---|---|")
+    print(f"| llama.cpp | mxserve | threads | pp{options.prompt} | tg{options.gen} | of a plain read |\n|---|---|---|---|---|---|")
     for kind in options.types:
         for threads in options.threads:
             path = models.peer(model, kind)
@@ -221,6 +223,7 @@ def compare_offline(options, models, programs, model):
             peer = medians.pop("peer")
             for scheme, ours in medians.items():
                 cells = [f"{peer[t]:.1f} / {ours[t]:.1f} = {ours[t] / peer[t]:.2f}" for t in ("pp", "tg")]
+                cells.append(f"{100 * ours['read']:.0f} %")
                 print(f"| {kind} | {scheme} | {threads} | {' | '.join(cells)} |", flush=True)
 
 

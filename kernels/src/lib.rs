@@ -21,6 +21,7 @@ pub use backend::{
     LinearKernel, PagedKv, SampleParams, TokenLogprobs, WeightSource, open,
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
+pub use cpu::PlainRead;
 pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kv_cache_dtype::KvCacheDtype;

@@ -4,10 +4,10 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
 
-/// Bytes that each thread reads from memory: far more than caches hold.
-const READ_BYTES: usize = 256 << 20;
+use kernels::PlainRead;
+
 /// Runs of which the best counts: a ceiling is what was once reached.
-const RUNS: usize = 8;
+const RUNS: usize = 6;
 
 /// The ceilings of a number of threads.
 pub(crate) struct Ceilings {
@@ -27,20 +27,14 @@ impl Ceilings {
 }
 
 /// Runs `body` on all threads at once, [`RUNS`] times; the best run's `units` of all threads per second, in 10^9.
-fn best_of<T>(
-    threads: usize,
-    units: usize,
-    make: impl Fn() -> T + Sync,
-    body: impl Fn(&mut T) + Sync,
-) -> f64 {
-    let (barrier, make, body) = (Barrier::new(threads), &make, &body);
+fn best_of(threads: usize, units: usize, body: impl Fn() + Sync) -> f64 {
+    let (barrier, body) = (Barrier::new(threads), &body);
     let run = || {
-        let mut state = make();
         let mut times = [0.0; RUNS];
         for time in &mut times {
             barrier.wait();
             let start = Instant::now();
-            body(&mut state);
+            body();
             // The slowest thread's time is the run's.
             barrier.wait();
             *time = start.elapsed().as_secs_f64();
@@ -54,33 +48,9 @@ fn best_of<T>(
     (threads * units) as f64 / slowest / 1e9
 }
 
-/// Memory of the system's own pages, written once.
-fn pages() -> Vec<u64> {
-    let mut words: Vec<u64> = Vec::with_capacity(READ_BYTES / size_of::<u64>());
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::mm::{Advice, madvise};
-        const HUGE_PAGE: usize = 2 << 20;
-        let skip = words.as_ptr().cast::<u8>().align_offset(HUGE_PAGE);
-        let start = words.as_mut_ptr().cast::<u8>().wrapping_add(skip);
-        // SAFETY: the advice changes no content; the range is inside the allocation, of which a page may be skipped.
-        let _ = unsafe { madvise(start.cast(), READ_BYTES - HUGE_PAGE, Advice::LinuxHugepage) };
-    }
-    words.resize(READ_BYTES / size_of::<u64>(), 1);
-    words
-}
-
 fn read(threads: usize) -> f64 {
-    best_of(threads, READ_BYTES, pages, |words| {
-        // Independent sums, so that loads wait for nothing but memory.
-        let mut sums = [0_u64; 32];
-        for chunk in words.as_chunks::<32>().0 {
-            for (sum, word) in sums.iter_mut().zip(chunk) {
-                *sum ^= word;
-            }
-        }
-        black_box(sums);
-    })
+    let memory = PlainRead::new(threads).expect("memory");
+    (0..RUNS).map(|_| memory.bytes_per_sec() / 1e9).fold(0.0, f64::max)
 }
 
 /// Multiply-adds per round, and a function that does so many rounds, with instructions that the processor has.
@@ -93,7 +63,7 @@ const SUMS: usize = 16;
 
 fn products(threads: usize, (per_round, body): Loop) -> f64 {
     // SAFETY: a loop's instructions are there.
-    best_of(threads, per_round * ROUNDS, || (), |()| unsafe { body(ROUNDS) })
+    best_of(threads, per_round * ROUNDS, || unsafe { body(ROUNDS) })
 }
 
 macro_rules! sums_of {

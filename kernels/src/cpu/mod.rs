@@ -6,6 +6,7 @@ mod elementwise;
 mod linear;
 mod memory;
 mod packed;
+mod plain_read;
 mod pool;
 mod sampling;
 mod simd;
@@ -22,6 +23,7 @@ pub(crate) use self::memory::AlignedBytes;
 use self::memory::zeros;
 use self::packed::PackError;
 pub(crate) use self::packed::PackedWeight;
+pub use self::plain_read::PlainRead;
 use self::pool::{DisjointSlices, Pool};
 use self::sampling::Sampler;
 use crate::backend::{

@@ -2,16 +2,39 @@
 
 use std::time::Instant;
 
+use kernels::PlainRead;
+
 use super::plan::Test;
 use crate::engine::OfflineBatch;
 
-/// The seconds that each repetition of `test` took. A test that is warmed up runs once before, generations only for
-/// one token.
-pub(super) fn repeat(offline: &mut OfflineBatch, test: Test, repetitions: usize, warmup: bool) -> Vec<f64> {
+/// What the repetitions of a test took.
+#[derive(Debug, Default)]
+pub(super) struct Runs {
+    pub(super) seconds: Vec<f64>,
+    /// Bytes per second of plain reads, one before the first run and one after each.
+    pub(super) reads: Vec<f64>,
+}
+
+/// Runs `test`, `repetitions` times; where it only generates, with plain reads between the runs: what memory gives on a
+/// shared machine is not the same every minute. A test that is warmed up runs once before, generations only for one token.
+pub(super) fn repeat(
+    offline: &mut OfflineBatch,
+    test: Test,
+    repetitions: usize,
+    warmup: bool,
+    plain_read: Option<&PlainRead>,
+) -> Runs {
     if warmup {
         run(offline, Test { generated: test.generated.min(1), ..test });
     }
-    (0..repetitions).map(|_| run(offline, test)).collect()
+    let plain_read = plain_read.filter(|_| test.only_generates());
+    let mut runs = Runs::default();
+    runs.reads.extend(plain_read.map(PlainRead::bytes_per_sec));
+    for _ in 0..repetitions {
+        runs.seconds.push(run(offline, test));
+        runs.reads.extend(plain_read.map(PlainRead::bytes_per_sec));
+    }
+    runs
 }
 
 /// Seconds of one run.

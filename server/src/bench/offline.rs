@@ -4,12 +4,13 @@ use std::io::Write;
 
 use config::{ConfigError, ServerConfig, Settings};
 use kernels::mx::Scheme;
+use kernels::{Device, PlainRead};
 use models::checkpoint::{Checkpoint, CheckpointError};
 use models::{LinearInfo, ModelError, synthetic};
 
 use super::BenchError;
 use super::args::{ModelSource, OfflineBench, OutputFormat};
-use super::measure::repeat;
+use super::measure::{Runs, repeat};
 use super::plan::{Test, tests};
 use super::report::{Table, write_json};
 use super::statistics::Summary;
@@ -42,19 +43,24 @@ pub enum OfflineBenchError {
 /// Runs all tests for each number of threads; writes each result when it is there.
 pub(super) fn run(bench: &OfflineBench, format: OutputFormat, out: &mut dyn Write) -> Result<(), BenchError> {
     let tests = tests(bench);
-    let mut table =
-        Table::new(&["model", "formats", "device", "test", "batch", "t/s", "median", "GB/s", "ms/step"]);
+    let mut table = Table::new(&[
+        "model", "formats", "device", "test", "batch", "t/s", "median", "GB/s", "of read", "ms/step",
+    ]);
     let mut records = Vec::new();
     for &threads in &bench.threads {
         let config = server_config(bench, threads).map_err(OfflineBenchError::from)?;
-        let (mut offline, device) = load(&bench.model, &tests, &config)?;
-        let model = ModelFacts::of(&bench.model, &offline, device);
+        let (mut offline, device, description) = load(&bench.model, &tests, &config)?;
+        let model = ModelFacts::of(&bench.model, &offline, description);
+        let plain_read = match device {
+            Device::Cpu { threads } if tests.iter().any(Test::only_generates) => PlainRead::new(threads),
+            _ => None,
+        };
         for &test in &tests {
-            let seconds = repeat(&mut offline, test, bench.repetitions, bench.warmup);
-            let result = TestResult::new(test, &seconds, &model);
+            let runs = repeat(&mut offline, test, bench.repetitions, bench.warmup, plain_read.as_ref());
+            let result = TestResult::new(test, &runs, &model);
             match format {
                 OutputFormat::Md => table.row(out, &result.cells(&model))?,
-                OutputFormat::Json => records.push(result.json(&model, &seconds)),
+                OutputFormat::Json => records.push(result.json(&model, &runs)),
             }
         }
     }
@@ -76,12 +82,12 @@ fn server_config(bench: &OfflineBench, threads: Option<usize>) -> Result<ServerC
     ServerConfig::resolve(Settings::default(), settings)
 }
 
-/// The model on its device with room for the largest test, and the device in words.
+/// The model on its device with room for the largest test, and the device, also in words.
 fn load(
     source: &ModelSource,
     tests: &[Test],
     config: &ServerConfig,
-) -> Result<(OfflineBatch, String), OfflineBenchError> {
+) -> Result<(OfflineBatch, Device, String), OfflineBenchError> {
     let device = device::choose(config);
     let EngineOptions { max_num_batched_tokens, kv_cache_dtype, .. } =
         device::engine_options(config, device)?;
@@ -100,7 +106,7 @@ fn load(
         max_num_batched_tokens,
         kv_cache_dtype,
     };
-    Ok((OfflineBatch::new((backend, model), sizes)?, description))
+    Ok((OfflineBatch::new((backend, model), sizes)?, device, description))
 }
 
 /// What is the same for all tests of a model.
@@ -156,19 +162,22 @@ struct TestResult {
     weight_bytes_per_sec: Option<f64>,
     /// Operations of linear layers per second; of tests that only compute prompts.
     operations_per_sec: Option<f64>,
+    /// Bytes per second that the same threads read from memory between the runs; where that is what limits them.
+    read_bytes_per_sec: Option<f64>,
     /// Seconds of one decode step; of tests that only generate.
     step_secs: Option<f64>,
 }
 
 impl TestResult {
-    fn new(test: Test, seconds: &[f64], model: &ModelFacts) -> Self {
-        let rates: Vec<f64> = seconds.iter().map(|seconds| test.tokens() as f64 / seconds).collect();
+    fn new(test: Test, runs: &Runs, model: &ModelFacts) -> Self {
+        let rates: Vec<f64> = runs.seconds.iter().map(|seconds| test.tokens() as f64 / seconds).collect();
         let tokens_per_sec = Summary::of(&rates);
-        let steps_per_sec = (test.prompt == 0).then(|| tokens_per_sec.median / test.batch as f64);
+        let steps_per_sec = test.only_generates().then(|| tokens_per_sec.median / test.batch as f64);
         let operations = model.layer_operations as f64;
         Self {
             test,
             weight_bytes_per_sec: steps_per_sec.map(|rate| rate * model.linear_bytes as f64),
+            read_bytes_per_sec: (!runs.reads.is_empty()).then(|| Summary::of(&runs.reads).median),
             operations_per_sec: (test.generated == 0).then_some(tokens_per_sec.median * operations),
             step_secs: steps_per_sec.map(f64::recip),
             tokens_per_sec,
@@ -187,11 +196,17 @@ impl TestResult {
             format!("{mean:.2} ± {std:.2}"),
             format!("{median:.2}"),
             optional(self.weight_bytes_per_sec.map(|rate| rate / 1e9)),
+            self.share_of_read().map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
             optional(self.step_secs.map(|secs| secs * 1e3)),
         ]
     }
 
-    fn json(&self, model: &ModelFacts, seconds: &[f64]) -> serde_json::Value {
+    /// Of a plain read, what the weights are read with.
+    fn share_of_read(&self) -> Option<f64> {
+        Some(self.weight_bytes_per_sec? / self.read_bytes_per_sec?)
+    }
+
+    fn json(&self, model: &ModelFacts, runs: &Runs) -> serde_json::Value {
         let Summary { mean, std, median } = self.tokens_per_sec;
         serde_json::json!({
             "model": model.name,
@@ -204,10 +219,11 @@ impl TestResult {
             "depth": self.test.depth,
             "n_prompt": self.test.prompt,
             "n_gen": self.test.generated,
-            "seconds": seconds,
+            "seconds": runs.seconds,
             "tokens_per_sec": { "mean": mean, "std": std, "median": median },
             "weight_bytes_per_sec": self.weight_bytes_per_sec,
-            "weight_bytes_per_token": (self.test.prompt == 0)
+            "read_bytes_per_sec": self.read_bytes_per_sec,
+            "weight_bytes_per_token": self.test.only_generates()
                 .then(|| model.linear_bytes as f64 / self.test.batch as f64),
             "layer_operations_per_sec": self.operations_per_sec,
         })

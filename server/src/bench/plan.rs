@@ -20,6 +20,11 @@ impl Test {
         self.batch * (self.prompt + self.generated)
     }
 
+    /// Whether no prompt is timed: such a test is as fast as weights come from memory.
+    pub(super) fn only_generates(&self) -> bool {
+        self.prompt == 0
+    }
+
     /// Most tokens of a sequence, with the one that is drawn last.
     pub(super) fn tokens_per_sequence(&self) -> usize {
         self.depth + self.prompt + self.generated + 1

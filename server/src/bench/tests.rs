@@ -62,6 +62,8 @@ fn every_combination_is_measured() {
     }
     let bytes = |index: usize| records[index]["weight_bytes_per_token"].as_f64();
     assert_eq!(bytes(0), None);
+    let has_read = |record: &serde_json::Value| record["read_bytes_per_sec"].is_f64();
+    assert_eq!([0, 1, 2].map(|index| has_read(&records[index])), [false, true, false]);
     assert_eq!(bytes(1), bytes(4).map(|of_five| of_five * 5.0));
 }
 
