@@ -7,15 +7,18 @@
 //! running sequence gives its blocks back and is computed again later. Since the first always gets what it needs,
 //! everything that is admitted ends.
 
+mod batch;
+
 use std::collections::VecDeque;
 
 use kernels::KV_BLOCK_TOKENS;
 
 use super::block_manager::{BlockManager, Hit, blocks_for};
 use super::ngram::NgramLookup;
-use super::request::{FinishReason, Usage};
 use super::sampler::is_processed;
-use super::sequence::{PromptDone, Sequence, SequenceId};
+use super::sequence::{Sequence, SequenceId};
+
+pub(super) use batch::{Batch, BatchItem, NewToken, Speculated, Update};
 
 /// Bounds of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,89 +36,6 @@ pub(super) struct Features {
     pub(super) prefix_caching: bool,
     /// Draft tokens that a step verifies, with what is left of its budget.
     pub(super) speculation: Option<NgramLookup>,
-}
-
-/// One step's work. Made by [`Scheduler::schedule`], ended by [`Scheduler::commit`]; kept between steps for its memory.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    /// Which sequences run, in order of rank but for those that were just admitted.
-    pub(super) items: Vec<BatchItem>,
-    /// Sequences that begin, or begin again, to run.
-    pub(super) admitted: Vec<SequenceId>,
-    /// Sequences that gave their blocks back.
-    pub(super) preempted: Vec<SequenceId>,
-    /// Prompt tokens that were looked for in the prefix cache.
-    pub(super) prefix_queries: usize,
-    /// Those that were found there.
-    pub(super) prefix_hits: usize,
-}
-
-impl Batch {
-    /// Tokens that the step computes.
-    pub(super) fn tokens(&self) -> usize {
-        self.items.iter().map(|item| item.tokens).sum()
-    }
-
-    fn clear(&mut self) {
-        self.items.clear();
-        self.admitted.clear();
-        self.preempted.clear();
-        self.prefix_queries = 0;
-        self.prefix_hits = 0;
-    }
-}
-
-/// One sequence's part of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct BatchItem {
-    /// Its index in [`Scheduler::running`].
-    pub(super) index: usize,
-    /// Tokens to compute, following those that are.
-    pub(super) tokens: usize,
-    /// How many of them are a draft, behind the last known token.
-    pub(super) drafts: usize,
-    /// Whether the last known token is among them, so that the next one is drawn, and one after each of the draft.
-    pub(super) samples: bool,
-}
-
-impl BatchItem {
-    /// Tokens that are drawn, one for each of its last rows.
-    pub(super) fn draws(&self) -> usize {
-        if self.samples { 1 + self.drafts } else { 0 }
-    }
-}
-
-/// What a step did to a sequence that its client should hear of.
-#[derive(Debug, PartialEq)]
-pub(super) struct Update {
-    /// The sequence.
-    pub(super) id: SequenceId,
-    /// The prompt is complete; said once, however often it is computed.
-    pub(super) prompt: Option<PromptDone>,
-    /// A token that was drawn.
-    pub(super) token: Option<NewToken>,
-    /// The sequence ended: why, and with how many tokens.
-    pub(super) finished: Option<(FinishReason, Usage)>,
-}
-
-/// A token that a sequence got.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct NewToken {
-    /// Its id.
-    pub(super) id: u32,
-    /// Which of the step's draws it is.
-    pub(super) draw: usize,
-}
-
-/// What came of drafts since the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Speculated {
-    /// Drafts that were verified.
-    pub(super) drafts: u64,
-    /// Their tokens.
-    pub(super) tokens: u64,
-    /// Those that were what was drawn.
-    pub(super) accepted: u64,
 }
 
 /// The sequences that wait and run, and their KV blocks.
