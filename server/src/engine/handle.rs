@@ -71,7 +71,7 @@ impl Status {
     /// Takes `count` places, unless more than `limit` would be in use; then says how many are.
     fn reserve(&self, count: usize, limit: usize) -> Result<(), usize> {
         let add = |used: usize| used.checked_add(count).filter(|&sum| sum <= limit);
-        self.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).map(|_| ())
+        self.in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, add).map(|_| ())
     }
 
     /// Gives `count` places back.
@@ -165,13 +165,20 @@ impl EngineHandle {
         for request in &requests {
             check(request, info)?;
         }
-        if !accepts.load(Ordering::Acquire) || !self.is_alive() {
+        let is_over = || !accepts.load(Ordering::SeqCst) || !self.is_alive();
+        if is_over() {
             return Err(SubmitError::ShuttingDown);
         }
         let count = requests.len();
         status.reserve(count, *max_in_flight).map_err(|in_flight| SubmitError::Overloaded {
             queued: status.stats.snapshot(in_flight).waiting,
         })?;
+        // Again, now that the places are taken: either this sees that the engine drains, or who waits for it to be idle
+        // sees the places.
+        if is_over() {
+            status.release(count);
+            return Err(SubmitError::ShuttingDown);
+        }
         let submitted = Instant::now();
         let (submissions, channels) = requests
             .into_iter()
@@ -210,7 +217,7 @@ impl EngineHandle {
 
     /// Takes no more requests; those in the engine go on.
     pub fn drain(&self) {
-        self.shared.accepts.store(false, Ordering::Release);
+        self.shared.accepts.store(false, Ordering::SeqCst);
     }
 
     /// Waits until no request is in the engine, or it has died.
@@ -220,7 +227,7 @@ impl EngineHandle {
             let mut notified = std::pin::pin!(status.idle.notified());
             // Registered before looking, so that a change in between is not missed.
             notified.as_mut().enable();
-            if status.in_flight.load(Ordering::Acquire) == 0 || !self.is_alive() {
+            if status.in_flight.load(Ordering::SeqCst) == 0 || !self.is_alive() {
                 return;
             }
             notified.await;

@@ -100,6 +100,36 @@ fn draining_finishes_what_is_there() {
 }
 
 #[test]
+fn who_is_taken_as_the_engine_begins_to_drain_is_served() {
+    let engine = start(EngineOptions { max_num_queued_reqs: 8, ..options(64) });
+    let client = || {
+        let engine = engine.clone();
+        std::thread::spawn(move || {
+            let mut taken = Vec::new();
+            loop {
+                match engine.submit(request(3, 1)) {
+                    Ok(events) => taken.push(events),
+                    Err(SubmitError::Overloaded { .. }) => std::thread::yield_now(),
+                    Err(error) => {
+                        assert_eq!(error, SubmitError::ShuttingDown);
+                        return taken;
+                    }
+                }
+            }
+        })
+    };
+    let clients: Vec<_> = (0..4).map(|_| client()).collect();
+    wait_for(&engine, "busy", |stats| stats.generation_tokens > 10);
+    engine.drain();
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(engine.idle());
+    engine.shutdown();
+    for events in clients.into_iter().flat_map(|client| client.join().unwrap()) {
+        let end = hear(events).end.map(|(reason, _)| reason);
+        assert_eq!(end, Some(FinishReason::Length), "nobody is forgotten or aborted");
+    }
+}
+
+#[test]
 fn shutdown_aborts_and_gives_the_memory_back() {
     let engine = start(EngineOptions { max_num_seqs: 1, ..options(64) });
     let memory = Arc::clone(&engine.info().memory);
