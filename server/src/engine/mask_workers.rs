@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -154,13 +155,20 @@ fn work(inbox: &Mutex<Receiver<Job>>) {
     loop {
         let job = inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { start, done }) = job else { return };
-        let mut constraint = match start {
-            Start::Beginning(grammar) => grammar.0.begin(),
-            Start::Here(constraint) => constraint,
-        };
-        let mask = constraint.allowed();
-        // Fails when the sequence is over.
-        let _ = done.send(Masked { constraint, mask });
+        // A panic over one grammar must not take the thread from the others; it has been reported where it happened,
+        // and the sequence ends when it finds `done` dropped.
+        let masked = catch_unwind(AssertUnwindSafe(|| {
+            let mut constraint = match start {
+                Start::Beginning(grammar) => grammar.0.begin(),
+                Start::Here(constraint) => constraint,
+            };
+            let mask = constraint.allowed();
+            Masked { constraint, mask }
+        }));
+        if let Ok(masked) = masked {
+            // Fails when the sequence is over.
+            let _ = done.send(masked);
+        }
     }
 }
 
@@ -276,6 +284,32 @@ mod tests {
         while stop.load(Ordering::Acquire) {
             thread::yield_now();
         }
+    }
+
+    /// Has no beginning.
+    struct Panicking;
+
+    impl Grammar for Panicking {
+        fn begin(&self) -> Box<dyn Constraint> {
+            // As a panic, without its message and backtrace on the tests' output.
+            std::panic::resume_unwind(Box::new(()));
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_its_own_sequence_only() {
+        let mut constraints = Constraints::default();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // More of them than there are threads.
+        for id in 0..2 * MAX_WORKERS as u64 {
+            constraints.begin(SequenceId(id), SharedGrammar(Arc::new(Panicking)));
+            assert!(constraints.mask(SequenceId(id), deadline).is_none());
+            let error = constraints.follow(SequenceId(id), 0).unwrap_err();
+            assert!(error.to_string().contains("cannot be followed"), "{error}");
+        }
+        let id = SequenceId(99);
+        constraints.begin(id, SharedGrammar(Arc::new(Count { end: 3, lost: 9 })));
+        assert!(constraints.mask(id, deadline).is_some_and(|mask| mask.contains(0)));
     }
 
     #[test]
