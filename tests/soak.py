@@ -5,8 +5,9 @@
 
 Runs each of some hundred requests alone, then all of them many times over in a crowd where every tenth client leaves
 and the others stop for reasons of their own (length, stop strings, stop tokens). Every stream must say what it said
-alone. At the end the server must be empty, its memory no larger than after the first tenth, and its counters those of
-the clients. The last crowd is running when SIGTERM comes: who was accepted is served to the end.
+alone, also those that gave way to others and were computed again. At the end the server must be empty, its memory no
+larger than after the first tenth, and its counters those of the clients. The last crowd is running when SIGTERM comes:
+who was accepted is served to the end.
 """
 
 import argparse
@@ -41,6 +42,9 @@ def request(index, dice):
             body |= {"repetition_penalty": 1.2, "top_p": 0.9}
         case 3:
             body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        case 4:
+            # Short ones that grow: they are admitted side by side, and then there is not room for all.
+            body |= {"prompt": prompt[:40], "max_tokens": dice.randint(64, 128), "ignore_eos": True}
     return body
 
 
@@ -136,6 +140,8 @@ async def run(port, process, args):
     grown = sums["process_resident_memory_bytes"] - warm["process_resident_memory_bytes"]
     if grown > GROWTH_BYTES:
         failures.append(f"resident memory grew by {grown / 2**20:.1f} MiB")
+    if sums["vllm:num_preemptions_total"] == 0:
+        failures.append("no sequence was preempted: this load shows too little")
     share = sums["vllm:prefix_cache_hits_total"] / max(1, sums["vllm:prefix_cache_queries_total"])
     print(
         f"{soak.ended} requests ended and {soak.left} clients left in {seconds:.0f} s ({soak.tokens / seconds:.0f} "
@@ -156,9 +162,9 @@ def main():
     parser.add_argument("flags", nargs="*", help="further flags of the server, after --")
     args = parser.parse_args()
     port = free_port()
-    # A cache of some 10 sequences: there are always some that wait, and some that give way.
+    # A cache of some ten sequences: there are always some that wait, and now and then one gives way.
     command = [args.programs / "mxserve", args.model, "--port", port, "--host", "127.0.0.1", "--log-level", "error"]
-    command += ["--kv-cache-memory-bytes", 6 << 20, "--max-num-seqs", 48, "--shutdown-timeout", 300, *args.flags]
+    command += ["--kv-cache-memory-bytes", 3 << 20, "--max-num-seqs", 48, "--shutdown-timeout", 300, *args.flags]
     with started(command, f"http://127.0.0.1:{port}") as process:
         failures = asyncio.run(run(port, process, args))
     sys.exit("\n".join(failures) if failures else None)
