@@ -1,7 +1,10 @@
 //! What a step costs beside the model: scheduling, block tables, sampling parameters, events, metrics. The model here
 //! computes nothing, and its eight logits are all zero.
 //!
-//! `cargo bench -p server --bench step`
+//! `cargo bench -p server --bench step`: on one core of a Zen 4, 0.06 ms greedy, 0.07 ms sampled, 0.10 ms penalized and
+//! 0.57 ms drafted, where each of 256 sequences looks for its last tokens in 512 to 1000 others. Rows of logits that are
+//! changed on the host (penalties, biases, masks) are copied there and back, which grows with the vocabulary; with the
+//! eight tokens of this one, it hardly counts.
 
 use std::hint::black_box;
 use std::sync::Arc;
