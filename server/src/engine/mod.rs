@@ -7,6 +7,7 @@
 mod block_manager;
 mod constraint;
 mod decode_graphs;
+mod error;
 mod handle;
 mod mask_workers;
 mod ngram;
@@ -20,6 +21,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod stats;
+mod token_counts;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,10 +32,11 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use constraint::{Canceller, Constraint, ConstraintError, Grammar, Progress, SharedGrammar, TokenMask};
+pub use error::EngineError;
 pub use handle::{EngineHandle, Loaded};
 pub use ngram::NgramLookup;
 pub use offline::{OfflineBatch, OfflineSizes};
-pub use options::{EngineError, EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
+pub use options::{EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{
     FinishReason, GenerateRequest, Pooling, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent,
     Usage,

@@ -7,9 +7,10 @@ use kernels::{KvCacheDtype, MemoryAccount};
 use models::Model;
 
 use super::block_manager::{BlockManager, blocks_for};
+use super::error::EngineError;
 use super::handle::Loaded;
 use super::mask_workers::Constraints;
-use super::options::{EngineError, EngineOptions, KvCacheSize};
+use super::options::{EngineOptions, KvCacheSize};
 use super::request::{GenerateRequest, Sampling, Scheduling, StopConditions};
 use super::runner::{ModelRunner, StepOutput};
 use super::scheduler::{Batch, BatchItem};

@@ -6,8 +6,9 @@ use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 
 use super::block_manager::blocks_for;
 use super::decode_graphs::{DecodeGraphs, DecodeStep};
+use super::error::EngineError;
 use super::mask_workers::Constraints;
-use super::options::{EngineError, EngineInfo, EngineOptions, ModelNeeds, Sizes};
+use super::options::{EngineInfo, EngineOptions, ModelNeeds, Sizes};
 use super::request::Pooling;
 use super::sampler::{Draw, Drawn, Sampler};
 use super::scheduler::Batch;

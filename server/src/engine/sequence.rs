@@ -1,7 +1,5 @@
 //! One sequence: its tokens, how far the cache has them, and when it ends.
 
-use std::collections::BTreeMap;
-
 use kernels::{KV_BLOCK_TOKENS, TokenLogprobs};
 
 use super::block_manager::{BlockManager, BlockTable, Hit};
@@ -9,6 +7,7 @@ use super::ngram::{self, NgramLookup};
 use super::pooling::PoolingState;
 use super::prefix_cache::HashChain;
 use super::request::{FinishReason, GenerateRequest, Sampling, Scheduling, StopConditions, Usage};
+use super::token_counts::TokenCounts;
 
 /// Number of a sequence, in order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,17 +61,6 @@ struct PromptLogprobs {
     scored: Vec<TokenLogprobs>,
 }
 
-/// How often each token occurs, for the penalties. Ordered, so that nothing depends on a hasher's seed.
-#[derive(Debug, Default)]
-pub(super) struct TokenCounts(BTreeMap<u32, usize>);
-
-impl TokenCounts {
-    /// Every token of the prompt or the output, and how often it was generated.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.0.iter().map(|(&token, &generated)| (token, generated))
-    }
-}
-
 impl Sequence {
     /// A sequence that has not been scheduled yet; it ends when it has `max_model_len` tokens.
     pub(super) fn new(id: SequenceId, request: GenerateRequest, max_model_len: usize) -> Self {
@@ -92,7 +80,7 @@ impl Sequence {
             named_blocks: 0,
             cached_tokens: None,
             drafted: Vec::new(),
-            counts: penalized.then(|| TokenCounts(prompt.iter().map(|&token| (token, 0)).collect())),
+            counts: penalized.then(|| TokenCounts::of_prompt(&prompt)),
             tokens: prompt,
             sampling,
             stop,
@@ -227,7 +215,7 @@ impl Sequence {
     pub(super) fn push(&mut self, token: u32) {
         self.tokens.push(token);
         if let Some(counts) = &mut self.counts {
-            *counts.0.entry(token).or_default() += 1;
+            counts.generated(token);
         }
         self.finish = self.finish_after(token);
     }
