@@ -7,8 +7,9 @@
 #
 # --quick compiles without optimization: it is about the steps. Needs root, and downloads what the Dockerfiles do. The base
 # images are made here: Debian by debootstrap, and Rust's with the packages that it has and the toolchain of this machine,
-# whose version must be the Dockerfiles'. Everything is kept in target/images. Each image must then serve the tests' model
-# as a user that is not root: its health check succeeds, a completion has tokens, and SIGTERM ends it with status 0.
+# whose version must be the Dockerfiles'. Images are kept in target/images, the builds' caches in /var/tmp/buildah-cache.
+# Each image must then serve the tests' model as a user that is not root: its health check succeeds, a completion has
+# tokens, and SIGTERM ends it with status 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
