@@ -3,7 +3,7 @@
 //! Attention takes caches in turn that do not fit in the L2 cache together; the small row operators find their inputs there,
 //! as they do in a model. The median of several replays.
 //!
-//! `cargo bench -p kernels --features cuda --bench cuda_ops [-- FAMILY…]`
+//! `cargo bench -p kernels --features cuda --bench cuda_ops [-- FAMILY|KV_CACHE_DTYPE…]`
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
 
@@ -29,7 +29,7 @@ const REPLAYS: usize = 10;
 const LAUNCHES: usize = 16;
 
 /// Measures the operators of one family.
-type Family = fn(&dyn Backend);
+type Family = fn(&dyn Backend, KvCacheDtype);
 
 fn main() {
     let device = Device::Cuda { ordinal: 0, strict: false };
@@ -39,18 +39,27 @@ fn main() {
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let gpu = open(device).expect("the device opens");
+    let (dtypes, wanted): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|w| w.parse::<KvCacheDtype>().is_ok());
+    let mut dtypes: Vec<KvCacheDtype> = dtypes.iter().filter_map(|name| name.parse().ok()).collect();
+    if dtypes.is_empty() {
+        dtypes.push(KvCacheDtype::Bf16);
+    }
     println!("{}", gpu.description());
     let families: [(&str, Family); 4] =
         [("decode", decode), ("prefill", prefill), ("rows", rows), ("sample", sample)];
     for (name, family) in families {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
-            family(gpu.as_ref());
+            for &dtype in &dtypes {
+                println!("{name}, {dtype} cache");
+                family(gpu.as_ref(), dtype);
+            }
         }
     }
 }
 
 /// Attention of one new row per sequence.
-fn decode(gpu: &dyn Backend) {
+fn decode(gpu: &dyn Backend, dtype: KvCacheDtype) {
     let same = |sequences: usize, context: usize| vec![context; sequences];
     let mut ragged = same(63, 1024);
     ragged.push(32_768);
@@ -66,9 +75,10 @@ fn decode(gpu: &dyn Backend) {
         same(64, 8192),
         ragged,
     ] {
-        let bytes = contexts.iter().sum::<usize>() * HEADS.kv * HEADS.dim * 4;
+        let token_bytes = gpu.kv_block_bytes(HEADS, dtype).expect("a supported cache") / KV_BLOCK_TOKENS;
+        let bytes = contexts.iter().sum::<usize>() * token_bytes;
         let rows = vec![1; contexts.len()];
-        let secs = attention(gpu, &rows, &contexts, UNCACHED_BYTES.div_ceil(bytes).clamp(1, LAUNCHES));
+        let secs = attention(gpu, dtype, &rows, &contexts, UNCACHED_BYTES.div_ceil(bytes).clamp(1, LAUNCHES));
         let longest = contexts.iter().max().unwrap_or(&0);
         let label = format!("decode {} x {longest}", contexts.len());
         println!("{label:24} {:9.2} us {:8.0} GB/s", secs * 1e6, bytes as f64 / secs / 1e9);
@@ -76,10 +86,10 @@ fn decode(gpu: &dyn Backend) {
 }
 
 /// Attention of whole prompts.
-fn prefill(gpu: &dyn Backend) {
+fn prefill(gpu: &dyn Backend, dtype: KvCacheDtype) {
     for (sequences, len) in [(1, 1024), (1, 4096), (8, 512), (8, 4000), (1, 16_384)] {
         let lens = vec![len; sequences];
-        let secs = attention(gpu, &lens, &lens, 1);
+        let secs = attention(gpu, dtype, &lens, &lens, 1);
         let operations = 2.0 * (sequences * len * len * HEADS.q_width()) as f64;
         let label = format!("prefill {sequences} x {len}");
         println!("{label:24} {:9.2} us {:8.1} TFLOP/s", secs * 1e6, operations / secs / 1e12);
@@ -87,7 +97,13 @@ fn prefill(gpu: &dyn Backend) {
 }
 
 /// Seconds of attention of `rows[s]` rows at the ends of contexts, over `caches` caches in turn.
-fn attention(gpu: &dyn Backend, rows: &[usize], contexts: &[usize], caches: usize) -> f64 {
+fn attention(
+    gpu: &dyn Backend,
+    dtype: KvCacheDtype,
+    rows: &[usize],
+    contexts: &[usize],
+    caches: usize,
+) -> f64 {
     let blocks: Vec<usize> = contexts.iter().map(|c| c.div_ceil(KV_BLOCK_TOKENS)).collect();
     let max_blocks = blocks.iter().copied().max().unwrap_or(1);
     let total: usize = blocks.iter().sum();
@@ -106,7 +122,7 @@ fn attention(gpu: &dyn Backend, rows: &[usize], contexts: &[usize], caches: usiz
     let contexts: Vec<u32> = contexts.iter().map(|&c| c as u32).collect();
     let all: usize = rows.iter().sum();
     let caches: Vec<PagedKv> =
-        (0..caches).map(|_| gpu.alloc_kv(total, HEADS, KvCacheDtype::Bf16).expect("memory")).collect();
+        (0..caches).map(|_| gpu.alloc_kv(total, HEADS, dtype).expect("memory")).collect();
     let qkv = activations(gpu, all * HEADS.qkv_width());
     let mut out = activations(gpu, all * HEADS.q_width());
     let inputs = AttentionInputs {
@@ -123,7 +139,7 @@ fn attention(gpu: &dyn Backend, rows: &[usize], contexts: &[usize], caches: usiz
 }
 
 /// Norm, RoPE, SwiGLU.
-fn rows(gpu: &dyn Backend) {
+fn rows(gpu: &dyn Backend, dtype: KvCacheDtype) {
     let weight = gpu.alloc(Dtype::F32, HIDDEN, Component::Workspace).expect("memory");
     for rows in [1, 16, 64, 256, 1024, 8192] {
         let report = |label: &str, secs: f64, bytes: usize| {
@@ -142,7 +158,7 @@ fn rows(gpu: &dyn Backend) {
         let rope = gpu.alloc(Dtype::F32, rows * HEADS.dim, Component::Workspace).expect("memory");
         let slots = integers(gpu, &(0..rows as u32).collect::<Vec<_>>());
         let blocks = rows.div_ceil(KV_BLOCK_TOKENS);
-        let mut cache = gpu.alloc_kv(blocks, HEADS, KvCacheDtype::Bf16).expect("memory");
+        let mut cache = gpu.alloc_kv(blocks, HEADS, dtype).expect("memory");
         let secs = time(gpu, &mut |_| {
             gpu.rope_and_cache(&mut qkv, HEADS, &rope, None, &slots, rows, &mut cache);
         });
@@ -156,7 +172,7 @@ fn rows(gpu: &dyn Backend) {
 }
 
 /// Drawing tokens.
-fn sample(gpu: &dyn Backend) {
+fn sample(gpu: &dyn Backend, _: KvCacheDtype) {
     let greedy = SampleParams { temperature: 0.0, top_k: None, top_p: 1.0, min_p: 0.0, seed: 1, draw: 0 };
     let warm = SampleParams { temperature: 1.0, ..greedy };
     let kinds = [

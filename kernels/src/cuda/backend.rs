@@ -10,14 +10,14 @@ use super::graph::Graph;
 use super::linear::LinearOperator;
 use super::memory::{DeviceBuffer, PinnedBuffer, bytes_of, bytes_of_mut};
 use super::ops::{
-    AttentionOperator, EmbedOperator, HEAD_DIMS, LogprobsOperator, NormOperator, RopeOperator, RowOperator,
-    SampleOperator, Table,
+    AttentionOperator, EmbedOperator, LogprobsOperator, NormOperator, RopeOperator, RowOperator,
+    SampleOperator, Table, kv_block_bytes, kv_buffer_dtype,
 };
 use super::staging::Staging;
 use super::weight::{TiledWeight, Uploader};
 use crate::backend::{
-    AttentionInputs, Backend, DeviceMemory, HeadNorm, Heads, InputWrite, KV_BLOCK_TOKENS, LinearKernel,
-    PagedKv, SampleParams, TokenLogprobs, WeightSource,
+    AttentionInputs, Backend, DeviceMemory, HeadNorm, Heads, InputWrite, LinearKernel, PagedKv, SampleParams,
+    TokenLogprobs, WeightSource,
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
@@ -210,20 +210,15 @@ impl Backend for CudaBackend {
 
     fn alloc_kv(&self, blocks: usize, heads: Heads, dtype: KvCacheDtype) -> Result<PagedKv> {
         let bytes = self.kv_block_bytes(heads, dtype)?;
-        self.attention.reserve(heads)?;
-        let alloc = || self.alloc(Dtype::Bf16, blocks * bytes / 4, Component::KvCache);
+        self.attention.reserve(dtype, heads)?;
+        self.rope.reserve(dtype, heads);
+        let element = kv_buffer_dtype(dtype);
+        let alloc = || self.alloc(element, blocks * bytes / 2 / element.size_bytes(), Component::KvCache);
         Ok(PagedKv { k: alloc()?, v: alloc()?, blocks, dtype })
     }
 
     fn kv_block_bytes(&self, heads: Heads, dtype: KvCacheDtype) -> Result<usize> {
-        if dtype != KvCacheDtype::Bf16 {
-            return Err(self.unsupported(format!("a KV cache of {dtype}; it has bf16")));
-        }
-        if !HEAD_DIMS.contains(&heads.dim) {
-            let known = HEAD_DIMS.map(|dim| dim.to_string()).join(", ");
-            return Err(self.unsupported(format!("heads of {} elements; it has {known}", heads.dim)));
-        }
-        Ok(2 * KV_BLOCK_TOKENS * heads.kv * heads.dim * Dtype::Bf16.size_bytes())
+        kv_block_bytes(heads, dtype).map_err(|what| self.unsupported(what))
     }
 
     fn write_f32(&self, buffer: &mut Buffer, offset: usize, values: &[f32]) {

@@ -3,7 +3,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test that is skipped says so, and errors are worth reading")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kernels::mx::{Cast, ElementType, MxFormat, Scheme};
 use kernels::{Device, KvCacheDtype};
@@ -45,10 +45,10 @@ fn schemes() -> Vec<Scheme> {
 }
 
 /// The logits of `tokens` on both devices, a prompt in one step and the rest token by token; the errors of the GPU's.
-fn compare(dir: &Path, tokens: &[u32], prompt: usize) -> Errors {
+fn compare(dir: &Path, tokens: &[u32], prompt: usize, dtype: KvCacheDtype) -> Errors {
     let table = blocks(tokens.len());
     let run = |device| {
-        let mut runner = Runner::load_on(device, dir, KvCacheDtype::Bf16, table.len());
+        let mut runner = Runner::load_on(device, dir, dtype, table.len());
         let mut logits = runner.sequence(&tokens[..prompt], prompt, &table);
         for (position, token) in tokens.iter().enumerate().skip(prompt) {
             let token = std::slice::from_ref(token);
@@ -70,7 +70,7 @@ fn every_architecture_computes_what_the_cpu_does() {
     }
     for case in Golden::cases() {
         let golden = Golden::read(&case);
-        let errors = compare(&golden.dir, &golden.tokens, golden.tokens.len() - 8);
+        let errors = compare(&golden.dir, &golden.tokens, golden.tokens.len() - 8, KvCacheDtype::Bf16);
         println!("{case}: {errors:?}");
         assert!(errors.rms <= GOLDEN_RMS, "{case}: {errors:?}");
     }
@@ -81,11 +81,25 @@ fn every_scheme_computes_what_the_cpu_does() {
     if !has_gpu() {
         return;
     }
-    let model = data("models/rustdoc-6m");
-    let tokens: Vec<u32> = (0..300).map(|i| (i * i * 7 + i * 13) % 2000 + 5).collect();
+    check_schemes(&data("models/rustdoc-6m"), &some_tokens());
+}
+
+/// As above for the unquantized model in the folder `MX_TEST_MODEL`, on a text of its own making.
+#[test]
+fn every_scheme_of_a_given_model_computes_what_the_cpu_does() {
+    let Some(model) = std::env::var_os("MX_TEST_MODEL").map(PathBuf::from) else {
+        println!("SKIPPED: no MX_TEST_MODEL");
+        return;
+    };
+    if has_gpu() {
+        check_schemes(&model, &greedy_text(&model, &[1, 504, 3575, 282], 300));
+    }
+}
+
+fn check_schemes(model: &Path, tokens: &[u32]) {
     for scheme in schemes() {
-        let quantized = quantize(&model, |module| in_a_layer(module).then_some(scheme));
-        let errors = compare(quantized.path(), &tokens, 280);
+        let quantized = quantize(model, |module| in_a_layer(module).then_some(scheme));
+        let errors = compare(quantized.path(), tokens, tokens.len() - 20, KvCacheDtype::Bf16);
         println!("{scheme}: {errors:?}");
         // Of declared activations, some fall to the other side of a rounding boundary: the further, the fewer bits their
         // format has.
@@ -93,6 +107,43 @@ fn every_scheme_computes_what_the_cpu_does() {
         let bound = scheme.activation.map_or(0.02, |cast| (0.6 * (-bits(cast)).exp2()).max(0.03));
         assert!(errors.rms <= bound, "{scheme}: {errors:?}");
     }
+}
+
+/// Keys that lie within a rounding error of the border of two codes may fall to either side of it.
+#[test]
+fn every_kv_cache_computes_what_the_cpu_does() {
+    if !has_gpu() {
+        return;
+    }
+    for (dtype, bound) in [(KvCacheDtype::Mxfp8, 0.03), (KvCacheDtype::Mxint8, 0.03)] {
+        let errors = compare(&data("models/rustdoc-6m"), &some_tokens(), 280, dtype);
+        println!("{dtype}: {errors:?}");
+        assert!(errors.rms <= bound, "{dtype}: {errors:?}");
+    }
+}
+
+fn some_tokens() -> Vec<u32> {
+    (0..300).map(|i| (i * i * 7 + i * 13) % 2000 + 5).collect()
+}
+
+/// `prompt` and the most likely tokens after it, `len` in all.
+fn greedy_text(model: &Path, prompt: &[u32], len: usize) -> Vec<u32> {
+    let table = blocks(len);
+    let mut runner = Runner::load_on(GPU, model, KvCacheDtype::Bf16, table.len());
+    let vocab = runner.model.config().vocab_size;
+    let mut tokens = prompt.to_vec();
+    let mut logits = runner.sequence(prompt, prompt.len(), &table);
+    while tokens.len() < len {
+        let last = &logits[logits.len() - vocab..];
+        // Without the end of a text, and anything else that is said before a text begins.
+        let next = (3..vocab).max_by(|&a, &b| last[a].total_cmp(&last[b])).expect("a vocabulary");
+        let position = tokens.len();
+        tokens.push(next as u32);
+        let step =
+            StepSequence { tokens: &tokens[position..], first_position: position, block_table: &table };
+        logits = runner.step(&[step]);
+    }
+    tokens
 }
 
 #[test]

@@ -1,21 +1,31 @@
-//! Launchers of `attention_decode.cu`, `attention_prefill.cu` and `attention_prefill_wgmma.cu`.
+//! Launchers of the kernels of `attention_decode.cuh`, `attention_prefill.cuh` and `attention_prefill_wgmma.cuh`.
 
 use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
 use std::sync::Arc;
 
-use super::{HEAD_DIMS, WARP, address, head_dim_index, int};
+use super::kv::{KvKernels, head_block_bytes, kv_addresses};
+use super::{WARP, address, int};
 use crate::backend::{AttentionInputs, Heads, KV_BLOCK_TOKENS, PagedKv};
 use crate::buffer::{Buffer, Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::launch::Argument;
 use crate::cuda::{Context, DeviceBuffer, DevicePtr, Function, Launch};
 use crate::error::Result;
+use crate::kv_cache_dtype::KvCacheDtype;
 
-/// `DECODE_WARPS`, `DECODE_STAGES`, `HEAD_TILE` and `RESULT_STRIDE - DIM` of `attention_decode.cu`.
+/// `DECODE_WARPS`, `HEAD_TILE` and `RESULT_STRIDE - DIM` of `attention_decode.cuh`.
 const DECODE_WARPS: usize = 4;
-const DECODE_STAGES: usize = 2;
 const HEAD_TILE: usize = 8;
 const RESULT_PADDING: usize = 4;
+
+/// `STAGES` of the caches in BF16 and in MX there.
+const DECODE_STAGES: usize = 2;
+const MX_DECODE_STAGES: usize = 4;
+
+/// `KEYS` and `STAGES` of `attention_prefill_wgmma.cuh`, and `RAW_STAGES` of its producer for MX.
+const WGMMA_KEYS: usize = 128;
+const WGMMA_STAGES: usize = 2;
+const RAW_STAGES: usize = 3;
 
 /// Chunks that a row's keys are cut into, for all tiles of its heads together: enough that one row fills the device.
 const ROW_CHUNKS: usize = 128;
@@ -33,20 +43,44 @@ const MAX_BLOCKS_PER_SM: usize = 3;
 pub(crate) struct AttentionOperator {
     context: Arc<Context>,
     memory: Arc<MemoryAccount>,
-    /// For each of [`HEAD_DIMS`].
-    decode: [Function; HEAD_DIMS.len()],
-    prefill: [Prefill; HEAD_DIMS.len()],
+    /// For the caches that were reserved.
+    loaded: RefCell<Vec<Loaded>>,
     scratch: RefCell<Option<Scratch>>,
+}
+
+/// The kernels for a kind of cache.
+#[derive(Debug)]
+struct Loaded {
+    kernels: &'static KvKernels,
+    decode: Function,
+    prefill: Prefill,
 }
 
 /// The kernel for sequences with several rows.
 #[derive(Debug)]
 struct Prefill {
     kernel: Function,
-    /// Rows of a block, its threads, and its dynamic shared memory in bytes for each element of a head.
+    /// Rows of a block, its threads, and its dynamic shared memory in bytes.
     rows: usize,
     threads: u32,
-    shared_per_element: usize,
+    shared_bytes: usize,
+}
+
+impl Prefill {
+    fn new(context: &Context, kernels: &KvKernels, dtype: KvCacheDtype, dim: usize) -> Self {
+        let kernel = context.function(kernels.prefill);
+        if !kernels.has_wgmma {
+            // Queries, two stages of keys and two of values, 64 rows each.
+            return Self { kernel, rows: 64, threads: 128, shared_bytes: 5 * 64 * dim * 2 };
+        }
+        // Keys and values in BF16, what comes of the cache before it is that, and barriers.
+        let tiles = 2 * WGMMA_STAGES * WGMMA_KEYS * dim * 2;
+        let raw = match dtype.cast() {
+            Some(_) => RAW_STAGES * WGMMA_KEYS / KV_BLOCK_TOKENS * head_block_bytes(dtype, dim),
+            None => 0,
+        };
+        Self { kernel, rows: 128, threads: 384, shared_bytes: tiles + raw + RESERVED_BYTES }
+    }
 }
 
 /// Where blocks that share a row's keys leave their results: a piece and a counter for each block.
@@ -106,11 +140,12 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(heads: Heads, sm_count: usize) -> Self {
+    fn new(heads: Heads, dtype: KvCacheDtype, sm_count: usize) -> Self {
         let group = heads.q / heads.kv;
         let tiles = heads.kv * group.div_ceil(HEAD_TILE);
         let results = group.min(HEAD_TILE) * (heads.dim + RESULT_PADDING);
-        let stages = DECODE_WARPS * DECODE_STAGES * 2 * KV_BLOCK_TOKENS * heads.dim * 2;
+        let stages = if dtype.cast().is_some() { MX_DECODE_STAGES } else { DECODE_STAGES };
+        let stages = DECODE_WARPS * stages * 2 * head_block_bytes(dtype, heads.dim);
         let shared_bytes = stages + DECODE_WARPS * results * 4;
         let per_sm = (SM_SHARED_BYTES / (shared_bytes + RESERVED_BYTES)).clamp(1, MAX_BLOCKS_PER_SM);
         let max_chunks = (ROW_CHUNKS / tiles).clamp(1, MAX_CHUNKS);
@@ -126,37 +161,8 @@ impl Cut {
 
 impl AttentionOperator {
     pub(crate) fn new(context: &Arc<Context>, memory: &Arc<MemoryAccount>) -> Self {
-        let decode = [
-            "ops_attention_decode_16",
-            "ops_attention_decode_32",
-            "ops_attention_decode_64",
-            "ops_attention_decode_96",
-            "ops_attention_decode_128",
-            "ops_attention_decode_256",
-        ];
-        // Queries, two stages of keys and two of values, 64 rows each; and two stages of 128 keys and values.
-        let mma = |name| Prefill {
-            kernel: context.function(name),
-            rows: 64,
-            threads: 128,
-            shared_per_element: 5 * 64 * 2,
-        };
-        let wgmma = |name| Prefill {
-            kernel: context.function(name),
-            rows: 128,
-            threads: 384,
-            shared_per_element: 4 * 128 * 2,
-        };
         Self {
-            decode: decode.map(|name| context.function(name)),
-            prefill: [
-                mma("ops_attention_prefill_16"),
-                mma("ops_attention_prefill_32"),
-                wgmma("ops_attention_prefill_wgmma_64"),
-                mma("ops_attention_prefill_96"),
-                wgmma("ops_attention_prefill_wgmma_128"),
-                mma("ops_attention_prefill_256"),
-            ],
+            loaded: RefCell::default(),
             scratch: RefCell::new(None),
             context: Arc::clone(context),
             memory: Arc::clone(memory),
@@ -165,13 +171,23 @@ impl AttentionOperator {
 }
 
 impl AttentionOperator {
-    /// Makes room for what blocks leave for each other. To be called for every geometry that [`attend`](Self::attend) is
-    /// called with, not between launches.
+    /// Loads the kernels for a cache of `dtype`, and makes room for what blocks leave for each other. To be called for every
+    /// geometry that [`attend`](Self::attend) is called with, not between launches.
     ///
     /// # Errors
     /// Out of memory.
-    pub(crate) fn reserve(&self, heads: Heads) -> Result<()> {
-        let cut = self.cut(heads);
+    ///
+    /// # Panics
+    /// There are no kernels for it.
+    pub(crate) fn reserve(&self, dtype: KvCacheDtype, heads: Heads) -> Result<()> {
+        let mut loaded = self.loaded.borrow_mut();
+        if loaded.iter().all(|loaded| !loaded.kernels.are_for(dtype, heads.dim)) {
+            let kernels = KvKernels::find(dtype, heads.dim).expect("a cache that the device supports");
+            let decode = self.context.function(kernels.decode);
+            let prefill = Prefill::new(&self.context, kernels, dtype, heads.dim);
+            loaded.push(Loaded { kernels, decode, prefill });
+        }
+        let cut = self.cut(dtype, heads);
         let mut scratch = self.scratch.borrow_mut();
         let had = scratch.as_ref().map_or((0, 0), |s| (s.results.bytes(), s.arrivals.bytes()));
         let bytes = (had.0.max(cut.blocks * cut.result_floats * 4), had.1.max(cut.blocks * 4));
@@ -185,11 +201,11 @@ impl AttentionOperator {
         Ok(())
     }
 
-    fn cut(&self, heads: Heads) -> Cut {
-        Cut::new(heads, self.context.properties().sm_count as usize)
+    fn cut(&self, dtype: KvCacheDtype, heads: Heads) -> Cut {
+        Cut::new(heads, dtype, self.context.properties().sm_count as usize)
     }
 
-    /// Causal attention of the q part of `qkv` over a BF16 cache; see [`Backend`](crate::Backend::paged_attention).
+    /// Causal attention of the q part of `qkv` over `cache`; see [`Backend`](crate::Backend::paged_attention).
     #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     pub(crate) fn attend(
         &self,
@@ -207,11 +223,14 @@ impl AttentionOperator {
         }
         let Heads { q, kv, dim } = heads;
         assert!(kv > 0 && q.is_multiple_of(kv), "{q} query heads cannot share {kv} KV heads");
-        let cached = cache.blocks * kv * KV_BLOCK_TOKENS * dim;
+        let loaded = self.loaded.borrow();
+        let loaded = loaded.iter().find(|loaded| loaded.kernels.are_for(cache.dtype, dim));
+        let loaded = loaded.expect("the kernels were loaded when the cache was allocated");
+        let [k_cache, v_cache] = kv_addresses(cache, heads);
         let arguments = AttentionArguments {
             qkv: address(qkv, Dtype::Bf16, rows * heads.qkv_width()),
-            k_cache: address(&cache.k, Dtype::Bf16, cached),
-            v_cache: address(&cache.v, Dtype::Bf16, cached),
+            k_cache,
+            v_cache,
             query_start: address(inputs.query_start, Dtype::U32, sequences + 1),
             context_lens: address(inputs.context_lens, Dtype::U32, sequences),
             block_tables: address(inputs.block_tables, Dtype::U32, sequences * max_blocks),
@@ -223,20 +242,18 @@ impl AttentionOperator {
             max_blocks: int(max_blocks),
             padding: 0,
         };
-        let index = head_dim_index(dim);
         // Every sequence has at least one row: with as many rows as sequences, none has more.
         if rows > sequences {
-            let Prefill { kernel, rows: tile, threads, shared_per_element } = &self.prefill[index];
+            let Prefill { kernel, rows: tile, threads, shared_bytes } = &loaded.prefill;
             // A tile for each started `tile` rows of a sequence: no more than this, if sequences have more than one row.
             let tiles = rows.div_ceil(*tile) + sequences.min(rows / 2);
-            let launch = Launch::new(1, *threads)
-                .grid([q as u32, tiles as u32, 1])
-                .shared((shared_per_element * dim + RESERVED_BYTES) as u32);
+            let launch =
+                Launch::new(1, *threads).grid([q as u32, tiles as u32, 1]).shared(*shared_bytes as u32);
             // SAFETY: every buffer has the elements checked above; tables, lengths and block numbers are of this cache,
             // as every caller of this operator promises.
             unsafe { self.context.launch(kernel, &launch, &[&arguments, &int(sequences)]) };
         }
-        let cut = self.cut(heads);
+        let cut = self.cut(cache.dtype, heads);
         let blocks = cut.blocks.min(sequences * cut.tiles * cut.max_chunks);
         let scratch = self.scratch.borrow();
         let scratch = scratch.as_ref().filter(|s| {
@@ -252,7 +269,7 @@ impl AttentionOperator {
         let launch =
             Launch::new(blocks as u32, ((DECODE_WARPS + 1) * WARP) as u32).shared(cut.shared_bytes as u32);
         // SAFETY: as above; the scratch has a piece and a counter for each block.
-        unsafe { self.context.launch(&self.decode[index], &launch, &[&arguments, &split]) };
+        unsafe { self.context.launch(&loaded.decode, &launch, &[&arguments, &split]) };
     }
 }
 
@@ -262,12 +279,16 @@ mod tests {
 
     #[test]
     fn work_is_cut_by_heads() {
-        let cut = Cut::new(Heads { q: 32, kv: 8, dim: 128 }, 132);
+        let cut = Cut::new(Heads { q: 32, kv: 8, dim: 128 }, KvCacheDtype::Bf16, 132);
         assert_eq!((cut.tiles, cut.max_chunks, cut.blocks), (8, 16, 396), "128 blocks for one row");
         assert_eq!(cut.shared_bytes, 65_536 + 4 * 4 * 132 * 4);
         // 20 query heads for each KV head are three tiles.
-        let cut = Cut::new(Heads { q: 40, kv: 2, dim: 64 }, 132);
+        let cut = Cut::new(Heads { q: 40, kv: 2, dim: 64 }, KvCacheDtype::Bf16, 132);
         assert_eq!((cut.tiles, cut.max_chunks), (6, 21));
-        assert_eq!(Cut::new(Heads { q: 256, kv: 256, dim: 16 }, 132).max_chunks, 1);
+        let cut = Cut::new(Heads { q: 256, kv: 256, dim: 16 }, KvCacheDtype::Bf16, 132);
+        assert_eq!(cut.max_chunks, 1);
+        // Twice the stages of half the bytes, and scales.
+        let cut = Cut::new(Heads { q: 32, kv: 8, dim: 128 }, KvCacheDtype::Mxfp8, 132);
+        assert_eq!((cut.blocks, cut.shared_bytes), (396, 4 * 4 * 2 * (2048 + 64) + 4 * 4 * 132 * 4));
     }
 }

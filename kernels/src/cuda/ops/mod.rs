@@ -2,6 +2,7 @@
 
 mod attention;
 mod embed;
+mod kv;
 mod norm;
 mod rope;
 mod rows;
@@ -9,6 +10,7 @@ mod sampling;
 
 pub(crate) use self::attention::AttentionOperator;
 pub(crate) use self::embed::{EmbedOperator, Table};
+pub(crate) use self::kv::{kv_block_bytes, kv_buffer_dtype};
 pub(crate) use self::norm::NormOperator;
 pub(crate) use self::rope::RopeOperator;
 pub(crate) use self::rows::RowOperator;
@@ -19,9 +21,6 @@ use crate::buffer::{Buffer, Dtype, Storage};
 
 /// Threads of a warp.
 const WARP: usize = 32;
-
-/// Head dimensions that have kernels.
-pub(crate) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
 
 /// The address of a buffer that holds at least `len` elements of `dtype`.
 ///
@@ -35,13 +34,6 @@ pub(super) fn address(buffer: &Buffer, dtype: Dtype, len: usize) -> DevicePtr {
         Storage::Cuda { dtype: actual, .. } => panic!("a buffer of {actual:?} where {dtype:?} is expected"),
         _ => panic!("a buffer of another device"),
     }
-}
-
-/// The place of `dim` among [`HEAD_DIMS`].
-#[track_caller]
-fn head_dim_index(dim: usize) -> usize {
-    let index = HEAD_DIMS.iter().position(|&d| d == dim);
-    index.unwrap_or_else(|| panic!("no kernel for heads of {dim} elements"))
 }
 
 /// A dimension as kernels take it.

@@ -1,11 +1,15 @@
-//! Launcher of `rope.cu`.
+//! Launcher of `rope.cu` and `rope_mx.cu`.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::{HEAD_DIMS, WARP, address, head_dim_index, int};
-use crate::backend::{HeadNorm, Heads, KV_BLOCK_TOKENS, PagedKv};
+use super::kv::{KvKernels, kv_addresses};
+use super::{WARP, address, int};
+use crate::backend::{HeadNorm, Heads, PagedKv};
 use crate::buffer::{Buffer, Dtype};
+use crate::cuda::gemm::MxGrid;
 use crate::cuda::{Context, Function, Launch};
+use crate::kv_cache_dtype::KvCacheDtype;
 
 /// Most threads of a block.
 const MAX_THREADS: usize = 512;
@@ -15,24 +19,26 @@ const MAX_THREADS: usize = 512;
 pub(crate) struct RopeOperator {
     context: Arc<Context>,
     table: Function,
-    /// For each of [`HEAD_DIMS`].
-    rope_and_cache: [Function; HEAD_DIMS.len()],
+    /// For the caches that were reserved.
+    rope_and_cache: RefCell<Vec<(&'static KvKernels, Function)>>,
 }
 
 impl RopeOperator {
     pub(crate) fn new(context: &Arc<Context>) -> Self {
-        let names = [
-            "ops_rope_and_cache_16",
-            "ops_rope_and_cache_32",
-            "ops_rope_and_cache_64",
-            "ops_rope_and_cache_96",
-            "ops_rope_and_cache_128",
-            "ops_rope_and_cache_256",
-        ];
-        Self {
-            table: context.function("ops_rope_table"),
-            rope_and_cache: names.map(|name| context.function(name)),
-            context: Arc::clone(context),
+        let table = context.function("ops_rope_table");
+        Self { table, rope_and_cache: RefCell::default(), context: Arc::clone(context) }
+    }
+
+    /// Loads the kernel for a cache of `dtype`; to be called before [`rope_and_cache`](Self::rope_and_cache), not between
+    /// launches.
+    ///
+    /// # Panics
+    /// There is none.
+    pub(crate) fn reserve(&self, dtype: KvCacheDtype, heads: Heads) {
+        let mut loaded = self.rope_and_cache.borrow_mut();
+        if loaded.iter().all(|(kernels, _)| !kernels.are_for(dtype, heads.dim)) {
+            let kernels = KvKernels::find(dtype, heads.dim).expect("a cache that the device supports");
+            loaded.push((kernels, self.context.function(kernels.rope)));
         }
     }
 
@@ -76,7 +82,9 @@ impl RopeOperator {
             return;
         }
         let Heads { q, kv, dim } = heads;
-        let kernel = &self.rope_and_cache[head_dim_index(dim)];
+        let loaded = self.rope_and_cache.borrow();
+        let kernel = loaded.iter().find(|(kernels, _)| kernels.are_for(cache.dtype, dim));
+        let (_, kernel) = kernel.expect("the kernel was loaded when the cache was allocated");
         let qkv = address(qkv, Dtype::Bf16, rows * heads.qkv_width());
         let rope = address(rope, Dtype::F32, rows * dim);
         let (q_norm, k_norm, eps) = match norm {
@@ -84,19 +92,30 @@ impl RopeOperator {
             None => (0, 0, 0.0),
         };
         let slots = address(slots, Dtype::U32, rows);
-        let cached = cache.blocks * kv * KV_BLOCK_TOKENS * dim;
-        let (k, v) = (address(&cache.k, Dtype::Bf16, cached), address(&cache.v, Dtype::Bf16, cached));
+        let [k, v] = kv_addresses(cache, heads);
         // A head is handled by a power of two of threads, 16 elements each.
         let head_threads = (dim / 16).next_power_of_two();
         let threads = ((q + 2 * kv) * head_threads).next_multiple_of(WARP).min(MAX_THREADS);
         // SAFETY: every buffer has the elements that `rows` rows and the cache's blocks take, as checked above; slots are
         // of the cache, as every caller of this operator promises.
         unsafe {
-            self.context.launch(
-                kernel,
-                &Launch::new(rows as u32, threads as u32),
-                &[&qkv, &rope, &q_norm, &k_norm, &slots, &k, &v, &int(q), &int(kv), &eps],
-            );
+            let launch = Launch::new(rows as u32, threads as u32);
+            let (q, kv) = (int(q), int(kv));
+            match cache.dtype.cast() {
+                None => self.context.launch(
+                    kernel,
+                    &launch,
+                    &[&qkv, &rope, &q_norm, &k_norm, &slots, &k, &v, &q, &kv, &eps],
+                ),
+                Some(cast) => {
+                    let grid = MxGrid::new(cast).expect("a cache's format is one that the kernels follow");
+                    self.context.launch(
+                        kernel,
+                        &launch,
+                        &[&qkv, &rope, &q_norm, &k_norm, &slots, &k, &v, &q, &kv, &eps, &grid],
+                    );
+                }
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::common::{
 struct Sequences {
     heads: Heads,
     window: Option<usize>,
+    dtype: KvCacheDtype,
     tables: Vec<Vec<u32>>,
     blocks: usize,
     /// Rows of q, k and v of every position.
@@ -32,16 +33,23 @@ impl Sequences {
         let mut take = || free.swap_remove(random.below(free.len()));
         let tables = counts.iter().map(|&count| (0..count).map(|_| take()).collect()).collect();
         let qkv = lens.iter().map(|len| random.bf16(len * heads.qkv_width(), 2.0)).collect();
-        Self { heads, window, tables, blocks, qkv }
+        Self { heads, window, dtype: KvCacheDtype::Bf16, tables, blocks, qkv }
     }
 
-    /// A cache full of NaN, as memory that held anything may be. The CPU's, whose bytes are its own, stays zero.
+    /// The same with another kind of cache.
+    fn in_cache_of(self, dtype: KvCacheDtype) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// A cache full of NaN, as memory that held anything may be.
     fn cache(&self, backend: &dyn Backend) -> PagedKv {
-        let mut cache = backend.alloc_kv(self.blocks, self.heads, KvCacheDtype::Bf16).expect("memory");
-        for buffer in [&mut cache.k, &mut cache.v].into_iter().filter(|b| b.dtype() == Dtype::Bf16) {
-            let nan = vec![f32::NAN; buffer.len()];
-            backend.write_f32(buffer, 0, &nan);
-        }
+        let heads = self.heads;
+        let mut cache = backend.alloc_kv(self.blocks, heads, self.dtype).expect("memory");
+        let rows = self.blocks * KV_BLOCK_TOKENS;
+        let mut qkv = activations(backend, &vec![f32::NAN; rows * heads.qkv_width()]);
+        let rope = floats(backend, Dtype::F32, &vec![1.0; rows * heads.dim]);
+        let slots = integers(backend, &(0..rows as u32).collect::<Vec<_>>());
+        backend.rope_and_cache(&mut qkv, heads, &rope, None, &slots, rows, &mut cache);
         cache
     }
 
@@ -94,12 +102,24 @@ impl Sequences {
     }
 }
 
-/// Weights are rounded to BF16, and so are results; values are below 2.
-const ERROR: f32 = 0.02;
+/// Weights are rounded to BF16, and so are results; values are below 2. A key that rotation leaves within the last bit
+/// of the border of two codes may become either of them.
+fn error_bound(dtype: KvCacheDtype) -> f32 {
+    match dtype {
+        KvCacheDtype::Mxfp8 | KvCacheDtype::Mxint8 => 0.05,
+        KvCacheDtype::Mxfp4 => 0.12,
+        KvCacheDtype::Bf16 | KvCacheDtype::F32 => 0.02,
+    }
+}
 
-fn geometries() -> Vec<Heads> {
+fn geometries(dtype: KvCacheDtype) -> Vec<Heads> {
+    let dims: &[usize] = match dtype {
+        KvCacheDtype::Mxfp8 | KvCacheDtype::Mxint8 => &[32, 64, 128, 256],
+        KvCacheDtype::Mxfp4 => &[64, 128, 256],
+        KvCacheDtype::Bf16 | KvCacheDtype::F32 => &[16, 32, 64, 96, 128, 256],
+    };
     let mut all = Vec::new();
-    for dim in [16, 32, 64, 96, 128, 256] {
+    for &dim in dims {
         all.extend([(4, 1), (6, 6), (9, 3), (32, 8), (14, 2), (20, 1)].map(|(q, kv)| Heads { q, kv, dim }));
     }
     all
@@ -107,14 +127,25 @@ fn geometries() -> Vec<Heads> {
 
 #[test]
 fn steps_of_any_mixture() {
+    check_mixtures(KvCacheDtype::Bf16);
+}
+
+#[test]
+fn steps_of_any_mixture_in_mx() {
+    for dtype in [KvCacheDtype::Mxfp8, KvCacheDtype::Mxint8, KvCacheDtype::Mxfp4] {
+        check_mixtures(dtype);
+    }
+}
+
+fn check_mixtures(dtype: KvCacheDtype) {
     let Some(Devices { gpu, cpu }) = Devices::open() else { return };
     let mut random = Random(21);
-    for heads in geometries() {
+    for heads in geometries(dtype) {
         for window in [None, Some(1), Some(40), Some(300)] {
             let lens: Vec<usize> =
                 (0..1 + random.below(5)).map(|_| random.pick(&[1, 15, 16, 17, 64, 129, 400, 701])).collect();
-            let sequences = Sequences::new(&mut random, heads, window, &lens);
-            let what = format!("{heads:?}, window {window:?}, lengths {lens:?}");
+            let sequences = Sequences::new(&mut random, heads, window, &lens).in_cache_of(dtype);
+            let what = format!("{dtype}, {heads:?}, window {window:?}, lengths {lens:?}");
             let (mut gpu_cache, mut cpu_cache) = (sequences.cache(&*gpu), sequences.cache(&*cpu));
             // Everything but the last few positions, then a step of one or more for each.
             let cuts: Vec<usize> =
@@ -131,7 +162,7 @@ fn steps_of_any_mixture() {
             for parts in [first, second] {
                 let actual = sequences.step(&*gpu, &mut gpu_cache, &parts, norm);
                 let expected = sequences.step(&*cpu, &mut cpu_cache, &parts, norm);
-                assert_close(&actual, &expected, 0.0, ERROR, &what);
+                assert_close(&actual, &expected, 0.0, error_bound(dtype), &what);
                 let again = sequences.step(&*gpu, &mut gpu_cache, &parts, norm);
                 assert_same(&again, &actual, &format!("{what}, again"));
             }
@@ -143,14 +174,17 @@ fn steps_of_any_mixture() {
 fn rows_do_not_see_their_batch() {
     let Some(Devices { gpu, .. }) = Devices::open() else { return };
     let mut random = Random(22);
-    for (heads, window) in [
-        (Heads { q: 32, kv: 8, dim: 128 }, None),
-        (Heads { q: 9, kv: 3, dim: 64 }, Some(100)),
-        (Heads { q: 8, kv: 1, dim: 256 }, None),
+    for (heads, window, dtype) in [
+        (Heads { q: 32, kv: 8, dim: 128 }, None, KvCacheDtype::Bf16),
+        (Heads { q: 9, kv: 3, dim: 64 }, Some(100), KvCacheDtype::Bf16),
+        (Heads { q: 8, kv: 1, dim: 256 }, None, KvCacheDtype::Bf16),
+        (Heads { q: 32, kv: 8, dim: 128 }, None, KvCacheDtype::Mxfp8),
+        (Heads { q: 9, kv: 3, dim: 64 }, Some(100), KvCacheDtype::Mxint8),
+        (Heads { q: 8, kv: 1, dim: 256 }, None, KvCacheDtype::Mxfp4),
     ] {
         let mut lens: Vec<usize> = (0..70).map(|_| 1 + random.below(900)).collect();
         lens[0] = 1700;
-        let sequences = Sequences::new(&mut random, heads, window, &lens);
+        let sequences = Sequences::new(&mut random, heads, window, &lens).in_cache_of(dtype);
         let mut cache = sequences.cache(&*gpu);
         let prompts: Vec<Part> = (lens.iter().enumerate())
             .filter(|&(_, &len)| len > 1)
@@ -185,15 +219,17 @@ fn long_contexts() {
     let Some(Devices { gpu, cpu }) = Devices::open() else { return };
     let mut random = Random(23);
     let heads = Heads { q: 8, kv: 2, dim: 128 };
-    for window in [None, Some(4096)] {
-        let sequences = Sequences::new(&mut random, heads, window, &[20_011, 333]);
+    for (window, dtype) in
+        [(None, KvCacheDtype::Bf16), (Some(4096), KvCacheDtype::Bf16), (None, KvCacheDtype::Mxfp8)]
+    {
+        let sequences = Sequences::new(&mut random, heads, window, &[20_011, 333]).in_cache_of(dtype);
         let (mut gpu_cache, mut cpu_cache) = (sequences.cache(&*gpu), sequences.cache(&*cpu));
         let prompt = [Part { sequence: 0, from: 0, to: 20_010 }, Part { sequence: 1, from: 0, to: 332 }];
         let last = [Part { sequence: 0, from: 20_010, to: 20_011 }, Part { sequence: 1, from: 332, to: 333 }];
         for parts in [prompt, last] {
             let actual = sequences.step(&*gpu, &mut gpu_cache, &parts, None);
             let expected = sequences.step(&*cpu, &mut cpu_cache, &parts, None);
-            assert_close(&actual, &expected, 0.0, ERROR, &format!("window {window:?}"));
+            assert_close(&actual, &expected, 0.0, error_bound(dtype), &format!("{dtype}, window {window:?}"));
         }
     }
 }
@@ -203,21 +239,26 @@ fn a_nan_reaches_those_who_see_it_and_no_other_head_or_sequence() {
     let Some(Devices { gpu, .. }) = Devices::open() else { return };
     let heads = Heads { q: 4, kv: 2, dim: 64 };
     let width = heads.q_width();
-    let mut sequences = Sequences::new(&mut Random(24), heads, None, &[200, 200]);
-    // In the value of the second KV head at position 100.
-    let at = 100 * heads.qkv_width() + (heads.q + heads.kv + 1) * heads.dim + 5;
-    sequences.qkv[0][at] = f32::NAN;
-    let mut cache = sequences.cache(&*gpu);
-    let parts = [0, 1].map(|sequence| Part { sequence, from: 0, to: 200 });
-    let last = [Part { sequence: 0, from: 199, to: 200 }, Part { sequence: 1, from: 199, to: 200 }];
-    for (parts, rows) in [(&parts, 200), (&last, 1)] {
-        let out = sequences.step(&*gpu, &mut cache, parts, None);
-        for (i, value) in out.iter().enumerate() {
-            let (row, column) = (i / width, i % width);
-            let touched = row < rows && column / heads.dim >= 2 && column % heads.dim == 5;
-            let sees = touched && (rows == 1 || row >= 100);
-            assert!(!value.is_nan() || touched, "row {row}, column {column} is not concerned");
-            assert!(value.is_nan() || !sees, "row {row}, column {column} sees it");
+    for (dtype, elements) in
+        [(KvCacheDtype::Bf16, 5..6), (KvCacheDtype::Mxfp8, 0..32), (KvCacheDtype::Mxfp4, 0..32)]
+    {
+        let mut sequences = Sequences::new(&mut Random(24), heads, None, &[200, 200]).in_cache_of(dtype);
+        // In the value of the second KV head at position 100.
+        let at = 100 * heads.qkv_width() + (heads.q + heads.kv + 1) * heads.dim + 5;
+        sequences.qkv[0][at] = f32::NAN;
+        let mut cache = sequences.cache(&*gpu);
+        let parts = [0, 1].map(|sequence| Part { sequence, from: 0, to: 200 });
+        let last = [Part { sequence: 0, from: 199, to: 200 }, Part { sequence: 1, from: 199, to: 200 }];
+        for (parts, rows) in [(&parts, 200), (&last, 1)] {
+            let out = sequences.step(&*gpu, &mut cache, parts, None);
+            for (i, value) in out.iter().enumerate() {
+                let (row, column) = (i / width, i % width);
+                let touched =
+                    row < rows && column / heads.dim >= 2 && elements.contains(&(column % heads.dim));
+                let sees = touched && (rows == 1 || row >= 100);
+                assert!(!value.is_nan() || touched, "{dtype}: row {row}, column {column} is not concerned");
+                assert!(value.is_nan() || !sees, "{dtype}: row {row}, column {column} sees it");
+            }
         }
     }
 }
