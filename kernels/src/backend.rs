@@ -395,9 +395,13 @@ pub trait Backend {
     /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, width + i]`; `gate_up` is `[M, 2 * width]`.
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer);
 
+    /// Whether [`gated_linear`](Self::gated_linear) does all at once: its scratch may then be empty.
+    fn fuses_gated_linear(&self) -> bool {
+        false
+    }
+
     /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, where `gate_up` is what [`linear`](Self::linear) makes of
-    /// `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is `[M, N]`: a device that does all
-    /// at once leaves it as it is.
+    /// `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is `[M, N]`.
     fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, scratch: &mut Buffer, out: &mut Buffer) {
         let n = weight.shape()[0];
         self.linear(x, rows, weight, scratch, n, 0);

@@ -42,12 +42,14 @@ pub enum Component {
     KvCache,
     /// Activations, step inputs and scratch.
     Workspace,
+    /// Recorded steps, on a device that [records](crate::Backend::captures).
+    Graphs,
 }
 
 impl Component {
     /// Every component.
-    pub const ALL: [Self; 5] =
-        [Self::Weights, Self::Scales, Self::Unquantized, Self::KvCache, Self::Workspace];
+    pub const ALL: [Self; 6] =
+        [Self::Weights, Self::Scales, Self::Unquantized, Self::KvCache, Self::Workspace, Self::Graphs];
 
     /// The metric label: `kv_cache`.
     pub const fn label(self) -> &'static str {
@@ -57,6 +59,7 @@ impl Component {
             Self::Unquantized => "unquantized",
             Self::KvCache => "kv_cache",
             Self::Workspace => "workspace",
+            Self::Graphs => "graphs",
         }
     }
 }

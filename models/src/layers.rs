@@ -271,6 +271,7 @@ impl GatedMlp {
         if let [both] = self.gate_up.parts() {
             backend.gated_linear(&ws.normed, rows, &both.weight, &mut ws.gate_up, &mut ws.activated);
         } else {
+            ws.reserve_gate_up(backend, 2 * self.width);
             self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
             backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
         }

@@ -7,6 +7,7 @@ use crate::ModelConfig;
 /// Activation buffers, allocated once for steps of up to `max_tokens` rows and used again in every layer.
 #[derive(Debug)]
 pub struct Workspace {
+    max_tokens: usize,
     max_logit_rows: usize,
     /// F32 `[max_tokens, hidden]`: the residual stream. What every layer adds to it is not rounded to the activations' type.
     pub(crate) residual: Buffer,
@@ -18,7 +19,8 @@ pub struct Workspace {
     pub(crate) qkv: Buffer,
     /// `[max_tokens, heads.q_width()]`.
     pub(crate) attention: Buffer,
-    /// `[max_tokens, 2 * intermediate]`.
+    /// `[max_tokens, 2 * intermediate]`; empty where the device gates without it, until a model whose gates and those that
+    /// they gate are apart wants it.
     pub(crate) gate_up: Buffer,
     /// `[max_tokens, intermediate]`.
     pub(crate) activated: Buffer,
@@ -47,19 +49,36 @@ impl Workspace {
             |dtype, rows: usize, width: usize| backend.alloc(dtype, rows * width, Component::Workspace);
         let activations = |width| alloc(backend.activation_dtype(), max_tokens, width);
         Ok(Self {
+            max_tokens,
             max_logit_rows,
             residual: alloc(Dtype::F32, max_tokens, config.hidden_size)?,
             normed: activations(config.hidden_size)?,
             delta: activations(config.hidden_size)?,
             qkv: activations(config.heads.qkv_width())?,
             attention: activations(config.heads.q_width())?,
-            gate_up: activations(2 * config.intermediate_size)?,
+            gate_up: activations(if backend.fuses_gated_linear() {
+                0
+            } else {
+                2 * config.intermediate_size
+            })?,
             activated: activations(config.intermediate_size)?,
             rope: alloc(Dtype::F32, max_tokens, config.heads.dim)?,
             logit_rows: alloc(Dtype::U32, max_logit_rows, 1)?,
             logit_hidden: alloc(backend.activation_dtype(), max_logit_rows, config.hidden_size)?,
             logits: alloc(Dtype::F32, max_logit_rows, config.vocab_size)?,
         })
+    }
+
+    /// Makes room for `gate_up` in rows of `width`, if there is none yet.
+    ///
+    /// # Panics
+    /// Out of memory. Before a server gives the rest of it away, the largest step has run.
+    pub(crate) fn reserve_gate_up(&mut self, backend: &dyn Backend, width: usize) {
+        if self.gate_up.is_empty() {
+            let buffer =
+                backend.alloc(backend.activation_dtype(), self.max_tokens * width, Component::Workspace);
+            self.gate_up = buffer.unwrap_or_else(|error| panic!("{error}"));
+        }
     }
 
     /// Most rows that [`Model::logits`](crate::Model::logits) takes at a time.

@@ -178,7 +178,7 @@ impl Backend for CudaBackend {
     }
 
     fn capture(&self, step: &mut dyn FnMut()) -> crate::Graph {
-        crate::Graph(GraphKind::Cuda(Graph::capture(&self.context, step)))
+        crate::Graph(GraphKind::Cuda(Graph::capture(&self.context, &self.memory, step)))
     }
 
     fn replay(&self, graph: &crate::Graph) {
@@ -331,6 +331,10 @@ impl Backend for CudaBackend {
         out: &mut Buffer,
     ) {
         self.attention.attend(qkv, heads, scale, window, inputs, cache, out);
+    }
+
+    fn fuses_gated_linear(&self) -> bool {
+        true
     }
 
     fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, _: &mut Buffer, out: &mut Buffer) {

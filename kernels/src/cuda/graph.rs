@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::context::{Context, check};
+use crate::buffer::{Charge, Component, MemoryAccount};
 
 /// An instantiated graph. Device memory that is dropped while graphs exist is freed only after the last of them, so
 /// that a replay never meets memory of somebody else.
@@ -13,11 +14,17 @@ use super::context::{Context, check};
 pub(crate) struct Graph {
     executable: sys::CUgraphExec,
     context: Arc<Context>,
+    _charge: Charge,
 }
 
 impl Graph {
-    /// Records what `launches` puts on the context's stream. Nothing runs.
-    pub(crate) fn capture(context: &Arc<Context>, launches: &mut dyn FnMut()) -> Self {
+    /// Records what `launches` puts on the context's stream. Nothing runs. What the device has less of afterwards goes to
+    /// `account`.
+    pub(crate) fn capture(
+        context: &Arc<Context>,
+        account: &Arc<MemoryAccount>,
+        launches: &mut dyn FnMut(),
+    ) -> Self {
         let stream = context.stream();
         // Launchers may grow their scratch meanwhile, which only the relaxed mode allows.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -28,6 +35,7 @@ impl Graph {
         let mut graph = null_mut();
         // SAFETY: begun above, on this thread.
         check(unsafe { sys::cuStreamEndCapture(stream, &raw mut graph) }, "end capture");
+        let (free, _) = context.memory_info();
         let mut executable = null_mut();
         // SAFETY: the graph was just made; it is not needed once it is instantiated.
         unsafe {
@@ -35,7 +43,9 @@ impl Graph {
             check(sys::cuGraphUpload(executable, stream), "upload a graph");
             check(sys::cuGraphDestroy(graph), "destroy a graph");
         }
-        Self { executable, context: Arc::clone(context) }
+        let (left, _) = context.memory_info();
+        let charge = account.charge(Component::Graphs, free.saturating_sub(left));
+        Self { executable, context: Arc::clone(context), _charge: charge }
     }
 
     /// Runs the graph after everything launched before.

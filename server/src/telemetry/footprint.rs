@@ -57,8 +57,6 @@ impl FootprintMetrics {
         for component in Component::ALL {
             self.memory(component.label(), info.memory.bytes(component));
         }
-        // Captured graphs are a GPU's.
-        self.memory("graphs", 0);
         let process = process::usage();
         let (used, total) = match info.device_memory {
             Some(memory) => (memory.total_bytes - memory.free_bytes, memory.total_bytes),

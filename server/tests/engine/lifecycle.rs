@@ -144,7 +144,7 @@ fn shutdown_aborts_and_gives_the_memory_back() {
     }
     assert!(!engine.is_alive());
     assert_eq!(engine.submit(long()).unwrap_err(), SubmitError::ShuttingDown);
-    assert_eq!(Component::ALL.map(|component| memory.bytes(component)), [0; 5]);
+    assert_eq!(Component::ALL.map(|component| memory.bytes(component)), [0; 6]);
     engine.shutdown(); // again: nothing happens
 }
 
