@@ -130,6 +130,14 @@ impl LayerLoader<'_> {
 }
 
 impl WeightNames {
+    /// Every linear module of a model, in the order in which it is loaded: the embedding first, the output head last.
+    pub(crate) fn linear_modules(&self, config: &ModelConfig) -> Vec<String> {
+        let stages = (0..config.num_layers).flat_map(|index| Stage::ALL.map(|stage| (index, stage)));
+        let of_layers = stages.flat_map(|(index, stage)| self.stage(config, index, stage).0);
+        let of_layers = of_layers.map(|module| module.name);
+        std::iter::once(self.embed.to_owned()).chain(of_layers).chain([self.head.to_owned()]).collect()
+    }
+
     /// The linear modules of one stage of layer `index`, and the width K of their input.
     pub(crate) fn stage(&self, config: &ModelConfig, index: usize, stage: Stage) -> (Vec<Module>, usize) {
         let (hidden, width, heads) = (config.hidden_size, config.intermediate_size, config.heads);

@@ -20,6 +20,7 @@ mod model;
 mod parameters;
 mod qwen2;
 mod qwen3;
+mod read_ahead;
 mod registry;
 mod rope;
 pub mod staged;

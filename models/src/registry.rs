@@ -6,6 +6,8 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Variant;
 use crate::decoder::{Decoder, WeightNames};
 use crate::fields::Fields;
+use crate::parameters::ParameterSource;
+use crate::read_ahead::ReadAhead;
 use crate::{ConfigError, Model, ModelConfig, ModelError, llama, mistral, qwen2, qwen3};
 
 /// The architectures that run.
@@ -40,7 +42,18 @@ pub(crate) fn architecture(config: &Fields<'_>) -> Result<&'static Architecture,
 pub fn load(backend: &dyn Backend, checkpoint: &Checkpoint) -> Result<Box<dyn Model>, ModelError> {
     let config = ModelConfig::parse(checkpoint.config())?;
     let names = names(&config);
-    Ok(Box::new(Decoder::load(backend, checkpoint, config, names)?))
+    if backend.device_memory().is_none() {
+        // What packs weights for the host are the threads that would read.
+        return Ok(Box::new(Decoder::load(backend, checkpoint, config, names)?));
+    }
+    let mut modules = names.linear_modules(&config);
+    if config.tie_word_embeddings && !ParameterSource::is_quantized(checkpoint, names.head)? {
+        modules.pop();
+    }
+    std::thread::scope(|scope| {
+        let source = ReadAhead::start(scope, checkpoint, modules);
+        Ok::<_, ModelError>(Box::new(Decoder::load(backend, &source, config, names)?) as Box<dyn Model>)
+    })
 }
 
 /// Where the weights of a model of `config` are.

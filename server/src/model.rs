@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use config::{GenerationConfig as DefaultsFrom, ReasoningParser, ServerConfig, ToolCallParser};
 use models::checkpoint::{Checkpoint, CheckpointError};
@@ -140,8 +140,12 @@ impl ServedModel {
         let device = device::choose(config);
         let observer = Box::new(EngineMetrics::new(telemetry));
         let engine = EngineHandle::start(engine_options(config, device)?, observer, move || {
+            let start = Instant::now();
             let backend = kernels::open(device)?;
+            let device_secs = start.elapsed().as_secs_f64();
             let model = models::load(backend.as_ref(), &checkpoint)?;
+            let weights_secs = start.elapsed().as_secs_f64() - device_secs;
+            tracing::info!(device_secs, weights_secs, "loaded the model");
             Ok::<_, OpenError>((backend, model))
         })?;
         let grammars = tokenizer.as_ref().map(|tokenizer| {
