@@ -45,6 +45,8 @@ fn run(offline: &mut OfflineBatch, test: Test) -> f64 {
     let known = depth + prompt.max(1);
     offline.start(&prompts(batch, known, vocab));
     offline.prefill(depth);
+    // A device may still be at it.
+    offline.wait();
     let start = Instant::now();
     if prompt > 0 {
         offline.prefill(known);

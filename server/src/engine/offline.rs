@@ -149,6 +149,11 @@ impl OfflineBatch {
         self.run();
     }
 
+    /// Waits for everything that was started.
+    pub fn wait(&self) {
+        self.runner.wait();
+    }
+
     fn run(&mut self) {
         if self.batch.items.is_empty() {
             return;

@@ -1,6 +1,8 @@
 //! Runs one batch on the device: the model over all rows, then a token for each sequence that is due, then the
 //! log-probabilities of prompts.
 
+use std::time::Instant;
+
 use kernels::{Backend, KvCacheDtype, TokenLogprobs};
 use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
 
@@ -76,6 +78,7 @@ impl ModelRunner {
         // A step has no more sequences than tokens.
         let max_sequences = limits.max_num_seqs.min(max_tokens);
         let logit_rows = max_sequences.max(MIN_LOGIT_ROWS).min(max_tokens);
+        let start = Instant::now();
         let mut workspace = Workspace::new(device, config, max_tokens, logit_rows)?;
         let sampler = Sampler::new(device, config.vocab_size, logit_rows)?;
         if device.captures() {
@@ -94,7 +97,10 @@ impl ModelRunner {
             kv_cache: &mut kv_cache,
             workspace: &mut workspace,
         };
+        let memory_secs = start.elapsed().as_secs_f64();
         let graphs = DecodeGraphs::record(decode, max_sequences, sizes.kv_blocks as u32);
+        let graphs_secs = start.elapsed().as_secs_f64() - memory_secs;
+        tracing::info!(memory_secs, graphs_secs, "ready to run steps");
         let rows = Vec::with_capacity(logit_rows);
         Ok((
             Self { kv_cache, step, workspace, sampler, graphs, has_logits: false, rows, backend, model },
@@ -116,6 +122,11 @@ impl ModelRunner {
     /// [`finish`](Self::finish).
     pub(super) fn is_asynchronous(&self) -> bool {
         self.backend.captures()
+    }
+
+    /// Waits for the device.
+    pub(super) fn wait(&self) {
+        self.backend.read_f32(self.workspace.logits(), 0, &mut [0.0]);
     }
 
     /// Starts computing `batch`, a plan for the sequences `running`.
