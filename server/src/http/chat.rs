@@ -8,19 +8,21 @@ use axum::response::{IntoResponse, Response};
 use futures::stream;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::App;
 use super::chat_answer::{ChatResponse, Choice, ChunkChoice, Common, MessageBuilder, MessageDelta};
-use super::chat_messages::{ChatPrompt, ChatPromptFields, check_messages};
+use super::chat_messages::{ChatPrompt, ChatPromptFields, MessageSchema, check_messages};
 use super::check::{self, require};
 use super::error::ApiError;
 use super::generation::{Delta, Generation, Output};
 use super::json::JsonBody;
+use super::openapi::GenerationErrors;
 use super::logprobs::{ChatLogprobs, TokenNames, prompt_logprobs};
 use super::request_id::RequestId;
 use super::sampling::{SamplingFields, SamplingPlan};
-use super::structured_output::StructuredOutput;
-use super::tools::ToolPlan;
+use super::structured_output::{StructuredOutput, StructuredOutputFields};
+use super::tools::{ToolFields, ToolPlan};
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::answer::{AnswerParser, Part, ToolFormat};
@@ -29,22 +31,67 @@ use crate::grammar::{GrammarOptions, ReasoningTokens};
 use crate::model::ServedModel;
 
 /// The fields that only chats have, besides those that make the prompt.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 struct ChatFields {
+    /// A name of the served model [default: its first].
     model: Option<String>,
+    /// The conversation so far.
+    #[schema(value_type = Vec<MessageSchema>, min_items = 1)]
     messages: Vec<Map<String, Value>>,
+    /// The former name of `max_completion_tokens`, which wins.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 1)]
     max_tokens: Option<usize>,
+    /// Most tokens of the answer [default: what the context holds].
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 1)]
     max_completion_tokens: Option<usize>,
+    /// Whether the answer has the log-probabilities of its tokens [default: false].
     logprobs: Option<bool>,
+    /// Alternatives for each token; needs `logprobs` [default: 0].
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 0, maximum = 20)]
     top_logprobs: Option<i64>,
+    /// The answer's id, as in the header `X-Request-Id`, which wins.
     request_id: Option<String>,
+    /// Whether the answer has what the model thought [default: true].
     include_reasoning: Option<bool>,
 }
 
+/// The body of a chat; unknown fields are accepted.
+#[derive(ToSchema)]
+#[schema(example = json!({"messages": [{"role": "user", "content": "What is 2 + 2?"}], "max_completion_tokens": 16}))]
+#[expect(dead_code, reason = "fields are read one struct at a time; this is their sum, for the document")]
+pub(super) struct ChatRequest {
+    #[serde(flatten)]
+    fields: ChatFields,
+    #[serde(flatten)]
+    prompt: ChatPromptFields,
+    #[serde(flatten)]
+    sampling: SamplingFields,
+    #[serde(flatten)]
+    streaming: StreamFields,
+    #[serde(flatten)]
+    structured: StructuredOutputFields,
+    #[serde(flatten)]
+    tools: ToolFields,
+}
+
 /// `POST /v1/chat/completions`: answers a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    operation_id = "createChatCompletion",
+    request_body = ChatRequest,
+    responses(
+        (
+            status = 200,
+            description = "The answer; with `stream: true` events of `ChatResponse_ChunkChoice`, then `[DONE]`.",
+            content((ChatResponse<Choice> = "application/json"), (String = "text/event-stream"))
+        ),
+        GenerationErrors
+    )
+)]
 pub(super) async fn chat(
     State(app): State<Arc<App>>,
     request_id: RequestId,

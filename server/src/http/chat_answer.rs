@@ -1,32 +1,37 @@
 //! The answer to a chat: whole, or in the parts that a stream sends.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
-use super::generation::StopReason;
-use super::logprobs::{ChatLogprobs, PromptLogprobs};
+use super::generation::{FinishReasonName, StopReason};
+use super::logprobs::{ChatLogprobs, PromptLogprobs, RankedToken};
 use super::usage::Usage;
 use crate::answer::{Part, ToolFormat};
 
 pub(super) const ROLE: &str = "assistant";
 
 /// An answer, or an event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ChatResponse<C> {
     pub(super) id: String,
+    /// `chat.completion`, or `chat.completion.chunk`.
     pub(super) object: &'static str,
+    /// Seconds since 1970.
     pub(super) created: u64,
     pub(super) model: String,
     pub(super) choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Usage>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<HashMap<String, RankedToken>>>>)]
     pub(super) prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// A whole answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ChatChoice)]
 pub(super) struct Choice {
     pub(super) index: usize,
     pub(super) message: Message,
@@ -35,7 +40,7 @@ pub(super) struct Choice {
 }
 
 /// What the model says. Content is `null` where it only calls tools.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Message {
     role: &'static str,
     content: Option<String>,
@@ -47,7 +52,7 @@ pub(super) struct Message {
 }
 
 /// A part of an answer, as a stream sends it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ChunkChoice {
     pub(super) index: usize,
     pub(super) delta: MessageDelta,
@@ -56,7 +61,7 @@ pub(super) struct ChunkChoice {
 }
 
 /// What is added to a message.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub(super) struct MessageDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
@@ -69,7 +74,7 @@ pub(super) struct MessageDelta {
 }
 
 /// A call of a tool; in a stream, its id, type and name come first, its arguments piece by piece.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub(super) struct ToolCall {
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<usize>,
@@ -80,7 +85,7 @@ pub(super) struct ToolCall {
     function: FunctionCall,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 struct FunctionCall {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
@@ -88,10 +93,12 @@ struct FunctionCall {
 }
 
 /// What a whole answer and a part of one have in common.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub(super) struct Common {
     pub(super) logprobs: Option<ChatLogprobs>,
+    #[schema(value_type = Option<FinishReasonName>)]
     pub(super) finish_reason: Option<&'static str>,
+    /// The stop string or token that ended the answer.
     pub(super) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,

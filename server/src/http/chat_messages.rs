@@ -2,22 +2,81 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::error::ApiError;
-use super::tools::parse_earlier_calls;
+use super::tools::{ToolField, parse_earlier_calls};
 use crate::model::ServedModel;
 use crate::tokenizer::RenderOptions;
 
 /// The fields that make a prompt of messages; `/tokenize` has them too.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(super) struct ChatPromptFields {
+    /// Whether the prompt ends with the beginning of an answer [default: true].
     add_generation_prompt: Option<bool>,
+    /// Whether the answer goes on with the last message; excludes `add_generation_prompt` [default: false].
     continue_final_message: Option<bool>,
+    /// Whether the tokenizer adds special tokens to those of the template [default: false].
     add_special_tokens: Option<bool>,
+    /// Variables of the chat template.
+    #[schema(value_type = Option<Object>)]
     chat_template_kwargs: Option<Map<String, Value>>,
+    /// A variable of some chat templates.
     reasoning_effort: Option<Value>,
+    /// The tools that the prompt tells the model of.
+    #[schema(value_type = Option<Vec<ToolField>>)]
     tools: Option<Vec<Value>>,
+}
+
+/// A message. Templates may know other fields, and are given them.
+#[derive(ToSchema)]
+#[schema(as = ChatMessage, example = json!({"role": "user", "content": "Hi"}))]
+#[expect(dead_code, reason = "messages are checked as JSON, for templates; this is for the document")]
+pub(super) struct MessageSchema {
+    /// Templates say which there are: `system`, `user`, `assistant`, `tool`.
+    #[schema(min_length = 1)]
+    role: String,
+    content: Option<ContentSchema>,
+    /// Earlier calls of an assistant.
+    tool_calls: Option<Vec<CallSchema>>,
+    /// Which call a tool's message answers.
+    tool_call_id: Option<String>,
+}
+
+/// Text, or its parts.
+#[derive(ToSchema)]
+#[schema(as = ChatMessageContent)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "as MessageSchema")]
+enum ContentSchema {
+    Text(String),
+    Parts(Vec<PartSchema>),
+}
+
+/// A part of a message: this server takes texts only.
+#[derive(ToSchema)]
+#[schema(as = ChatMessagePart)]
+#[serde(tag = "type", rename_all = "lowercase")]
+#[expect(dead_code, reason = "as MessageSchema")]
+enum PartSchema {
+    Text { text: String },
+}
+
+/// A call that the assistant made.
+#[derive(ToSchema)]
+#[schema(as = EarlierCall)]
+#[expect(dead_code, reason = "as MessageSchema")]
+struct CallSchema {
+    id: Option<String>,
+    function: EarlierFunction,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "as MessageSchema")]
+struct EarlierFunction {
+    name: String,
+    /// The text of a JSON object.
+    arguments: Option<String>,
 }
 
 /// A chat's prompt.

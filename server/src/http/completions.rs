@@ -9,17 +9,19 @@ use futures::stream;
 use kernels::TokenLogprobs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::App;
 use super::check::{self, require};
 use super::error::ApiError;
-use super::generation::{Delta, Generation, Output, StopReason};
+use super::generation::{Delta, FinishReasonName, Generation, Output, StopReason};
 use super::json::JsonBody;
-use super::logprobs::{CompletionLogprobs, PromptLogprobs, TokenNames, prompt_logprobs};
-use super::prompt::{Prompt, PromptOptions, parse_prompts};
+use super::logprobs::{CompletionLogprobs, PromptLogprobs, RankedToken, TokenNames, prompt_logprobs};
+use super::openapi::GenerationErrors;
+use super::prompt::{Prompt, PromptOptions, PromptSchema, parse_prompts};
 use super::request_id::RequestId;
 use super::sampling::{SamplingFields, SamplingPlan};
-use super::structured_output::StructuredOutput;
+use super::structured_output::{StructuredOutput, StructuredOutputFields};
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::engine::GenerateRequest;
@@ -32,22 +34,47 @@ const FIELD: &str = "prompt";
 const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// The fields that only completions have.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 struct CompletionFields {
+    /// A name of the served model [default: its first].
     model: Option<String>,
+    /// Most tokens of the answer; 0 only with `echo` [default: 16].
     #[serde(default, deserialize_with = "super::integer::optional")]
     max_tokens: Option<usize>,
+    /// Whether the text begins with the prompt, and the log-probabilities with those of its tokens [default: false].
     echo: Option<bool>,
+    /// Log-probabilities of the tokens, with so many alternatives.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 0, maximum = 20)]
     logprobs: Option<i64>,
+    /// Whether the tokenizer adds special tokens to a text [default: true].
     add_special_tokens: Option<bool>,
+    /// The answer's id, as in the header `X-Request-Id`, which wins.
     request_id: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
-struct CompletionResponse {
+/// The body of a completion; unknown fields are accepted.
+#[derive(ToSchema)]
+#[schema(example = json!({"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}))]
+#[expect(dead_code, reason = "fields are read one struct at a time; this is their sum, for the document")]
+pub(super) struct CompletionRequest {
+    prompt: PromptSchema,
+    #[serde(flatten)]
+    fields: CompletionFields,
+    #[serde(flatten)]
+    sampling: SamplingFields,
+    #[serde(flatten)]
+    streaming: StreamFields,
+    #[serde(flatten)]
+    structured: StructuredOutputFields,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct CompletionResponse {
     id: String,
+    #[schema(example = "text_completion")]
     object: &'static str,
+    /// Seconds since 1970.
     created: u64,
     model: String,
     choices: Vec<Choice>,
@@ -56,22 +83,40 @@ struct CompletionResponse {
 }
 
 /// One sequence's answer, or a part of it: a stream sends the parts that an answer is put together from.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = CompletionChoice)]
 struct Choice {
     index: usize,
     text: String,
     logprobs: Option<CompletionLogprobs>,
+    #[schema(value_type = Option<FinishReasonName>)]
     finish_reason: Option<&'static str>,
+    /// The stop string or token that ended the answer.
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<HashMap<String, RankedToken>>>>)]
     prompt_logprobs: Option<PromptLogprobs>,
 }
 
 /// `POST /v1/completions`: continues prompts.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    operation_id = "createCompletion",
+    request_body = CompletionRequest,
+    responses(
+        (
+            status = 200,
+            description = "The answer; with `stream: true` events of the same form, then `[DONE]`.",
+            content((CompletionResponse = "application/json"), (String = "text/event-stream"))
+        ),
+        GenerationErrors
+    )
+)]
 pub(super) async fn complete(
     State(app): State<Arc<App>>,
     request_id: RequestId,

@@ -9,12 +9,14 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
+use utoipa::ToSchema;
 
 use super::App;
 use super::check::{out_of_range, require};
 use super::error::ApiError;
 use super::json::JsonBody;
-use super::prompt::{Prompt, PromptOptions, parse_prompts};
+use super::openapi::GenerationErrors;
+use super::prompt::{Prompt, PromptOptions, PromptSchema, parse_prompts};
 use super::request_id::RequestId;
 use super::usage::Usage;
 use crate::engine::{
@@ -25,13 +27,16 @@ use crate::telemetry::{Outcome, Recorder};
 
 const FIELD: &str = "input";
 
-/// The body; unknown fields are accepted.
-#[derive(Debug, Deserialize)]
+/// The body of a request for embeddings; unknown fields are accepted.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = EmbeddingRequest, example = json!({"input": ["One text.", "Another."]}))]
 pub(super) struct EmbeddingFields {
+    /// A name of the served model [default: its first].
     model: Option<String>,
-    /// A text, texts, token ids, or lists of token ids.
     #[serde(default)]
+    #[schema(value_type = PromptSchema, required = true)]
     input: Value,
+    /// Numbers, or the Base64 of their little-endian 32-bit floats [default: float].
     encoding_format: Option<EncodingFormat>,
     /// Has to be the model's hidden size: its embeddings cannot be cut.
     #[serde(default, deserialize_with = "super::integer::optional")]
@@ -40,20 +45,24 @@ pub(super) struct EmbeddingFields {
     pooling: Option<PoolingField>,
     /// Whether embeddings have length 1 [default: true].
     normalize: Option<bool>,
+    /// Keep only this many of an input's last tokens; -1: as many as the context holds.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = -1)]
     truncate_prompt_tokens: Option<i64>,
+    /// Whether the tokenizer adds special tokens to a text [default: true].
     add_special_tokens: Option<bool>,
+    /// The answer's id, as in the header `X-Request-Id`, which wins.
     request_id: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum EncodingFormat {
     Float,
     Base64,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum PoolingField {
     Mean,
@@ -61,25 +70,29 @@ enum PoolingField {
 }
 
 /// The embeddings, in the order of the inputs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EmbeddingResponse {
     id: String,
+    #[schema(example = "list")]
     object: &'static str,
+    /// Seconds since 1970.
     created: u64,
     model: String,
     data: Vec<Embedding>,
     usage: Usage,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Embedding {
+    #[schema(example = "embedding")]
     object: &'static str,
+    /// Of the input.
     index: usize,
     embedding: Vector,
 }
 
 /// Numbers, or the Base64 of their little-endian 32-bit floats.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 enum Vector {
     Numbers(Vec<f32>),
@@ -87,6 +100,13 @@ enum Vector {
 }
 
 /// `POST /v1/embeddings`: a vector for each input.
+#[utoipa::path(
+    post,
+    path = "/v1/embeddings",
+    operation_id = "createEmbedding",
+    request_body = EmbeddingFields,
+    responses((status = 200, description = "The vectors.", body = EmbeddingResponse), GenerationErrors)
+)]
 pub(super) async fn embed(
     State(app): State<Arc<App>>,
     request_id: RequestId,

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::engine::SubmitError;
 
@@ -77,18 +78,36 @@ pub enum ApiError {
     Internal(String),
 }
 
-/// The wire form: `{"error": {…}}`.
-#[derive(Debug, Serialize)]
+/// An error, in the form of OpenAI's API.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"error": {"message": "n must be at least 1", "type": "BadRequestError", "param": "n", "code": 400}}))]
 pub(super) struct ErrorBody {
     error: ErrorFields,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct ErrorFields {
+    /// What is wrong, for people.
     message: String,
-    r#type: &'static str,
+    r#type: ErrorType,
+    /// The path of the field that is wrong: `messages[0].role`.
     param: Option<String>,
+    /// The HTTP status.
+    #[schema(minimum = 400, maximum = 599)]
     code: u16,
+}
+
+/// The kind of an error, as OpenAI's clients know them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[expect(clippy::enum_variant_names, reason = "the names on the wire")]
+enum ErrorType {
+    BadRequestError,
+    AuthenticationError,
+    NotFoundError,
+    RateLimitError,
+    TimeoutError,
+    InternalServerError,
+    ServiceUnavailableError,
 }
 
 impl ApiError {
@@ -98,23 +117,24 @@ impl ApiError {
     }
 
     /// The status and the type's name.
-    fn status(&self) -> (StatusCode, &'static str) {
+    fn status(&self) -> (StatusCode, ErrorType) {
+        use ErrorType::*;
         match self {
-            Self::BadRequest { .. } | Self::GrammarLost => (StatusCode::BAD_REQUEST, "BadRequestError"),
-            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "AuthenticationError"),
+            Self::BadRequest { .. } | Self::GrammarLost => (StatusCode::BAD_REQUEST, BadRequestError),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, AuthenticationError),
             Self::UnknownModel(_) | Self::UnknownResponse(_) | Self::UnknownRoute(_) => {
-                (StatusCode::NOT_FOUND, "NotFoundError")
+                (StatusCode::NOT_FOUND, NotFoundError)
             }
-            Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "BadRequestError"),
-            Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "BadRequestError"),
-            Self::BodyTimeout { .. } => (StatusCode::REQUEST_TIMEOUT, "BadRequestError"),
-            Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TimeoutError"),
-            Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
+            Self::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, BadRequestError),
+            Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, BadRequestError),
+            Self::BodyTimeout { .. } => (StatusCode::REQUEST_TIMEOUT, BadRequestError),
+            Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, TimeoutError),
+            Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, RateLimitError),
             Self::Loading | Self::ShuttingDown | Self::Unhealthy => {
-                (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError")
+                (StatusCode::SERVICE_UNAVAILABLE, ServiceUnavailableError)
             }
             Self::EngineDied | Self::Internal(_) => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError")
+                (StatusCode::INTERNAL_SERVER_ERROR, InternalServerError)
             }
         }
     }

@@ -6,6 +6,7 @@ use futures::stream::{self, BoxStream, SelectAll, StreamExt};
 use kernels::TokenLogprobs;
 use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::request_id::RequestId;
@@ -58,8 +59,19 @@ pub(super) struct Finish {
     cached_tokens: usize,
 }
 
+/// Why an answer ended: by itself or a stop string, at its longest, or to call tools. `null` until then.
+#[derive(ToSchema)]
+#[schema(as = FinishReason)]
+#[serde(rename_all = "snake_case")]
+#[expect(dead_code, reason = "the names on the wire, for the document")]
+pub(super) enum FinishReasonName {
+    Stop,
+    Length,
+    ToolCalls,
+}
+
 /// `stop_reason` of an answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(untagged)]
 pub(super) enum StopReason {
     /// One of `stop`.

@@ -2,6 +2,7 @@
 
 use kernels::TokenLogprobs;
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 use crate::tokenizer::Tokenizer;
 
@@ -45,11 +46,12 @@ fn with_target(target: u32, logprobs: &TokenLogprobs, k: usize) -> impl Iterator
 }
 
 /// `logprobs` of a completion: parallel lists, an entry per token.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub(super) struct CompletionLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
+    #[schema(value_type = Vec<Option<HashMap<String, f32>>>)]
     top_logprobs: Vec<Option<ByToken<f32>>>,
 }
 
@@ -105,19 +107,19 @@ impl CompletionLogprobs {
 }
 
 /// `logprobs` of a chat: a list of tokens, each with its alternatives.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub(super) struct ChatLogprobs {
     content: Vec<ChatToken>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 struct ChatToken {
     #[serde(flatten)]
     token: NamedToken,
     top_logprobs: Vec<NamedToken>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 struct NamedToken {
     token: String,
     logprob: f32,
@@ -156,7 +158,7 @@ impl ChatLogprobs {
 pub(super) type PromptLogprobs = Vec<Option<ByToken<RankedToken>>>;
 
 /// An entry of [`PromptLogprobs`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub(super) struct RankedToken {
     logprob: f32,
     rank: u32,

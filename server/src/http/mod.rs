@@ -20,7 +20,9 @@ mod load;
 mod logprobs;
 mod metrics;
 mod models;
+mod openapi;
 mod page;
+mod path_id;
 mod prompt;
 mod render;
 mod request_id;
@@ -40,41 +42,56 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::DefaultBodyLimit;
-use axum::http::{HeaderValue, Method, Uri};
+use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{get, post};
+use axum::routing::get;
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 pub use app::App;
 pub use auth::{ApiKeys, KeyFileError};
 pub use error::ApiError;
+
+/// Every endpoint of the API: the router and `/openapi.json` are made of this list.
+fn api() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(openapi::head())
+        .routes(routes!(completions::complete))
+        .routes(routes!(chat::chat))
+        .routes(routes!(render::completions))
+        .routes(routes!(render::chat))
+        .routes(routes!(embeddings::embed))
+        .routes(routes!(responses::create))
+        .routes(routes!(responses::retrieve, responses::delete))
+        .routes(routes!(responses::cancel))
+        .routes(routes!(models::list))
+        .routes(routes!(models::one))
+        .routes(routes!(tokenize::tokenize))
+        .routes(routes!(detokenize::detokenize))
+        .routes(routes!(tokenizer_info::tokenizer_info))
+        .routes(routes!(health::health))
+        .routes(routes!(health::ping, health::post_ping))
+        .routes(routes!(version::version))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(load::load))
+}
 
 /// Every route of the server.
 pub fn router(app: Arc<App>) -> Router {
     let config = app.config();
     let (max_body_bytes, cors) = (config.max_body_bytes, cors(&config.allowed_origins));
     let page = if config.web_page { page::routes() } else { Router::new() };
-    Router::new()
-        .merge(page)
-        .route("/v1/completions", post(completions::complete))
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/v1/completions/render", post(render::completions))
-        .route("/v1/chat/completions/render", post(render::chat))
-        .route("/v1/embeddings", post(embeddings::embed))
-        .route("/v1/responses", post(responses::create))
-        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
-        .route("/v1/responses/{id}/cancel", post(responses::cancel))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::one))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(detokenize::detokenize))
-        .route("/tokenizer_info", get(tokenizer_info::tokenizer_info))
-        .route("/health", get(health::health))
-        .route("/ping", get(health::health).post(health::health))
-        .route("/version", get(version::version))
-        .route("/metrics", get(metrics::metrics))
-        .route("/load", get(load::load))
+    let (api, document) = api().split_for_parts();
+    // Nothing in it can fail to be written; a server without its document still serves.
+    let document = openapi::finish(document).unwrap_or_else(|error| {
+        tracing::error!("/openapi.json cannot be written: {error}");
+        Bytes::new()
+    });
+    let document = || async { ([(header::CONTENT_TYPE, "application/json")], document) };
+    api.merge(page)
+        .route("/openapi.json", get(document))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(max_body_bytes))

@@ -1,6 +1,7 @@
 //! The prompt of a completion: text or token ids, one or several.
 
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::check::require_in_vocabulary;
 use super::error::ApiError;
@@ -14,6 +15,18 @@ pub(super) enum PromptField {
     Text(String),
     /// Token ids.
     Ids(Vec<u32>),
+}
+
+/// A text, texts, token ids, or lists of token ids; no list is empty.
+#[derive(ToSchema)]
+#[schema(as = Prompt)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "prompts are parsed by hand, for errors that say what is wrong; this is for the document")]
+pub(super) enum PromptSchema {
+    Text(String),
+    Texts(Vec<String>),
+    Ids(Vec<u32>),
+    Lists(Vec<Vec<u32>>),
 }
 
 /// One prompt, ready to run.

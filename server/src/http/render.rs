@@ -7,11 +7,15 @@ use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::App;
+use super::chat::ChatRequest;
 use super::chat_messages::{ChatPromptFields, check_messages};
+use super::completions::CompletionRequest;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::openapi::BodyErrors;
 use super::prompt::{PromptOptions, parse_prompts};
 use super::request_id::RequestId;
 use super::sampling::SamplingFields;
@@ -32,7 +36,7 @@ struct Messages {
 }
 
 /// A prompt as the engine would get it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Rendered {
     request_id: String,
     model: String,
@@ -40,6 +44,13 @@ pub(super) struct Rendered {
 }
 
 /// `POST /v1/completions/render`: an entry per prompt.
+#[utoipa::path(
+    post,
+    path = "/v1/completions/render",
+    operation_id = "renderCompletion",
+    request_body = CompletionRequest,
+    responses((status = 200, description = "An entry for each prompt.", body = Vec<Rendered>), BodyErrors)
+)]
 pub(super) async fn completions(
     State(app): State<Arc<App>>,
     request_id: RequestId,
@@ -65,7 +76,14 @@ pub(super) async fn completions(
     .await
 }
 
-/// `POST /v1/chat/completions/render`.
+/// `POST /v1/chat/completions/render`: the tokens of the rendered messages.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions/render",
+    operation_id = "renderChatCompletion",
+    request_body = ChatRequest,
+    responses((status = 200, description = "The prompt.", body = Rendered), BodyErrors)
+)]
 pub(super) async fn chat(
     State(app): State<Arc<App>>,
     request_id: RequestId,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use models::GenerationConfig;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::check::{logprobs, out_of_range, require, require_in_vocabulary};
 use super::error::ApiError;
@@ -17,47 +18,86 @@ const GREEDY_BELOW: f32 = 1e-5;
 const MAX_BAD_WORDS: usize = 1024;
 const MAX_BAD_WORD_BYTES: usize = 256;
 
-/// As sent. All are optional, and `null` is the same as absent.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+/// How tokens are chosen, and when to stop. All are optional, and `null` is the same as absent.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(super) struct SamplingFields {
+    /// Answers to each prompt [default: 1].
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 1)]
     n: Option<usize>,
+    /// The same as `n`: no answer is left out.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 1)]
     best_of: Option<usize>,
+    /// 0: always the most likely token [default: the model's, else 1].
+    #[schema(minimum = 0, example = 0.7)]
     temperature: Option<f32>,
+    /// Only the most likely tokens that have this probability together [default: the model's, else 1].
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     top_p: Option<f32>,
+    /// Only so many of the most likely tokens; 0 or -1: all [default: the model's, else all].
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = -1)]
     top_k: Option<i64>,
+    /// Only tokens with at least this share of the most likely one's probability [default: the model's, else 0].
+    #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f32>,
+    /// The same seed gives the same answer, whatever else the server does [default: a random one].
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(example = 1)]
     seed: Option<i64>,
+    /// Taken off the logit of each token that the answer has.
+    #[schema(minimum = -2, maximum = 2)]
     presence_penalty: Option<f32>,
+    /// Taken off the logit of a token for each time that the answer has it.
+    #[schema(minimum = -2, maximum = 2)]
     frequency_penalty: Option<f32>,
+    /// Divides positive logits, and multiplies negative ones, of tokens that prompt or answer have.
+    #[schema(exclusive_minimum = 0)]
     repetition_penalty: Option<f32>,
+    /// Added to the logits of tokens: an object from token ids to numbers from -100 to 100.
+    #[schema(example = json!({"42": -100}))]
     logit_bias: Option<BTreeMap<String, f32>>,
+    /// No other tokens.
+    #[schema(min_items = 1)]
     allowed_token_ids: Option<Vec<u32>>,
+    /// Words of 1 to 256 bytes that the answer must not have.
+    #[schema(max_items = 1024)]
     bad_words: Option<Vec<String>>,
     stop: Option<StopField>,
+    /// Tokens that end the answer.
     stop_token_ids: Option<Vec<u32>>,
+    /// Whether the text has the stop string or token that ended it [default: false].
     include_stop_str_in_output: Option<bool>,
+    /// Whether to go on after an end-of-sequence token [default: false].
     ignore_eos: Option<bool>,
+    /// Tokens before the answer may end.
     #[serde(default, deserialize_with = "super::integer::optional")]
     min_tokens: Option<usize>,
+    /// Whether the text is without special tokens [default: true].
     skip_special_tokens: Option<bool>,
+    /// Log-probabilities of the prompt's tokens, with so many alternatives; not in a stream.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = 0, maximum = 20)]
     prompt_logprobs: Option<i64>,
+    /// Whether the answer has `token_ids` and `prompt_token_ids`.
     return_token_ids: Option<bool>,
+    /// Whether log-probabilities name tokens `token_id:N`.
     return_tokens_as_token_ids: Option<bool>,
+    /// Keep only this many of the prompt's last tokens; -1: as many as the context holds.
     #[serde(default, deserialize_with = "super::integer::optional")]
+    #[schema(minimum = -1)]
     truncate_prompt_tokens: Option<i64>,
+    /// Lower runs first, where the server has `--scheduling-policy priority`; else 0.
     #[serde(default, deserialize_with = "super::integer::optional")]
     priority: Option<i64>,
+    /// Cached prefixes are shared among requests with the same salt only.
+    #[schema(min_length = 1)]
     cache_salt: Option<String>,
 }
 
-/// `stop`: one string or several.
-#[derive(Debug, Clone, Deserialize)]
+/// Strings that end the answer: one, or several.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "must be a string or a list of strings")]
 enum StopField {
     One(String),

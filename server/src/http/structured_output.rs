@@ -1,7 +1,8 @@
 //! `response_format` and `structured_outputs`: what the answer's text must follow.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::json::JsonBody;
@@ -9,43 +10,79 @@ use crate::engine::SharedGrammar;
 use crate::grammar::{GrammarCompiler, GrammarOptions, GrammarSource};
 use crate::model::ServedModel;
 
-/// OpenAI's field, vLLM's, and the names that vLLM's had before.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Fields {
+/// What the answer's text must follow: at most one of these. OpenAI's field, vLLM's, and the names that vLLM's had before.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+pub(super) struct StructuredOutputFields {
     response_format: Option<ResponseFormat>,
     structured_outputs: Option<StructuredOutputs>,
+    /// As `structured_outputs.json`.
+    #[schema(value_type = Option<SchemaField>)]
     guided_json: Option<Value>,
+    /// As `structured_outputs.regex`.
     guided_regex: Option<String>,
+    /// As `structured_outputs.choice`.
+    #[schema(min_items = 1)]
     guided_choice: Option<Vec<String>>,
+    /// As `structured_outputs.grammar`.
     guided_grammar: Option<String>,
 }
 
-/// `response_format`.
-#[derive(Debug, Clone, Deserialize)]
+/// The form of the answer: any text, a JSON object, or JSON of a schema.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[schema(example = json!({"type": "json_object"}))]
 struct ResponseFormat {
-    r#type: String,
+    r#type: ResponseFormatType,
+    /// Needed with type `json_schema`.
     json_schema: Option<NamedSchema>,
 }
 
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum ResponseFormatType {
+    Text,
+    JsonObject,
+    JsonSchema,
+}
+
 /// A schema and its name, which only people read.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 struct NamedSchema {
     #[serde(alias = "json_schema")]
+    #[schema(value_type = Option<SchemaField>)]
     schema: Option<Value>,
 }
 
-/// `structured_outputs`: one of them.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+/// One of these.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+#[schema(example = json!({"regex": "[0-9]{1,3}"}))]
 struct StructuredOutputs {
+    /// A JSON schema.
+    #[schema(value_type = Option<SchemaField>)]
     json: Option<Value>,
+    /// Any JSON object.
     json_object: Option<bool>,
+    /// A regular expression.
     regex: Option<String>,
+    /// One of these texts.
+    #[schema(min_items = 1)]
     choice: Option<Vec<String>>,
+    /// A grammar, in llguidance's variant of Lark.
     grammar: Option<String>,
+    #[schema(ignore)]
     structural_tag: Option<Value>,
+    #[schema(ignore)]
     whitespace_pattern: Option<String>,
+}
+
+/// A JSON schema, or its text.
+#[derive(ToSchema)]
+#[schema(as = JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "schemas are given on as they are; this is for the document")]
+enum SchemaField {
+    Schema(Map<String, Value>),
+    Any(bool),
+    Text(String),
 }
 
 /// A grammar that was asked for, and the field that did.
@@ -60,7 +97,7 @@ pub(super) struct StructuredOutput {
 impl StructuredOutput {
     /// What the request's fields ask for; `None`: any text.
     pub(super) fn read(body: &JsonBody) -> Result<Option<Self>, ApiError> {
-        let fields: Fields = body.read()?;
+        let fields: StructuredOutputFields = body.read()?;
         let mut asked: Vec<Self> = Vec::new();
         let mut ask = |field, source: Option<GrammarSource>| {
             asked.extend(source.map(|source| Self { field, source }));
@@ -133,19 +170,14 @@ pub(super) fn compiler<'a>(
 impl ResponseFormat {
     fn source(self) -> Result<Option<GrammarSource>, ApiError> {
         const FIELD: &str = "response_format.json_schema";
-        match self.r#type.as_str() {
-            "text" => Ok(None),
-            "json_object" => Ok(Some(GrammarSource::JsonObject)),
-            "json_schema" => {
+        match self.r#type {
+            ResponseFormatType::Text => Ok(None),
+            ResponseFormatType::JsonObject => Ok(Some(GrammarSource::JsonObject)),
+            ResponseFormatType::JsonSchema => {
                 let schema = self.json_schema.and_then(|named| named.schema).ok_or_else(|| {
                     ApiError::field(FIELD, format!("{FIELD}.schema is needed with type json_schema"))
                 })?;
                 schema_of(FIELD, schema).map(Some)
-            }
-            other => {
-                let message =
-                    format!("response_format.type must be text, json_object or json_schema, not '{other}'");
-                Err(ApiError::field("response_format.type", message))
             }
         }
     }

@@ -8,10 +8,17 @@ use serde_json::{Map, Value};
 
 use super::App;
 use super::error::ApiError;
+use super::openapi::LookupErrors;
 use crate::model::ServedModel;
 use crate::tokenizer::Tokenizer;
 
 /// `GET /tokenizer_info`: `tokenizer_config.json` with special tokens as plain text, and the chat template in use.
+#[utoipa::path(
+    get,
+    path = "/tokenizer_info",
+    operation_id = "tokenizerInfo",
+    responses((status = 200, description = "What is known of the tokenizer.", body = Object), LookupErrors)
+)]
 pub(super) async fn tokenizer_info(
     State(app): State<Arc<App>>,
 ) -> Result<Json<Map<String, Value>>, ApiError> {

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::json::JsonBody;
@@ -11,24 +12,69 @@ use crate::engine::SharedGrammar;
 use crate::grammar::{GrammarOptions, GrammarSource};
 use crate::model::ServedModel;
 
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Fields {
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+pub(super) struct ToolFields {
     tools: Option<Vec<ToolField>>,
-    tool_choice: Option<Value>,
+    tool_choice: Option<ToolChoice>,
+    /// Whether there may be several calls [default: true].
     parallel_tool_calls: Option<bool>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-struct ToolField {
-    r#type: String,
+/// A tool that the model may call.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[schema(as = Tool, example = json!({"type": "function", "function": {"name": "add", "parameters": {"type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}}))]
+pub(super) struct ToolField {
+    #[expect(dead_code, reason = "there is one")]
+    r#type: ToolType,
     function: Function,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+/// This server has no tools of its own.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum ToolType {
+    Function,
+}
+
+/// A function. Templates may know other fields, such as `description`, and are given them.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 struct Function {
+    /// Without white space.
+    #[schema(min_length = 1, max_length = 256)]
     name: String,
-    parameters: Option<Value>,
+    /// The JSON schema of its arguments [default: any object].
+    #[schema(value_type = Option<Object>)]
+    parameters: Option<Map<String, Value>>,
+}
+
+/// Whether a tool is called, and which [default: auto]. The Responses API has a function's name beside the type.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(
+    untagged,
+    expecting = "must be 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": …}}"
+)]
+pub(super) enum ToolChoice {
+    Mode(ToolChoiceMode),
+    #[expect(dead_code, reason = "there is one type")]
+    Function { r#type: ToolType, function: FunctionName },
+    #[expect(dead_code, reason = "there is one type")]
+    Name { r#type: ToolType, name: String },
+}
+
+/// No call, a call if the model makes one, at least one call.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum ToolChoiceMode {
+    None,
+    Auto,
+    Required,
+}
+
+/// One of the tools.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+pub(super) struct FunctionName {
+    name: String,
 }
 
 /// The tools of a chat that has some.
@@ -41,7 +87,7 @@ pub(super) struct ToolPlan {
     parallel: bool,
 }
 
-/// `tool_choice`.
+/// What [`ToolChoice`] means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Choice {
     /// No call is looked for.
@@ -57,10 +103,9 @@ enum Choice {
 impl ToolPlan {
     /// What the request's fields ask for; `None`: there are no tools.
     pub(super) fn read(body: &JsonBody, format: Option<ToolFormat>) -> Result<Option<Self>, ApiError> {
-        let fields: Fields = body.read()?;
+        let fields: ToolFields = body.read()?;
         let tools = fields.tools.unwrap_or_default();
-        let choice =
-            fields.tool_choice.as_ref().filter(|choice| !choice.is_null()).map(choice_of).transpose()?;
+        let choice = fields.tool_choice.map(Choice::from);
         if tools.is_empty() {
             return match choice {
                 None | Some(Choice::None | Choice::Auto) => Ok(None),
@@ -130,39 +175,24 @@ impl ToolField {
             Err(ApiError::field(path.as_str(), format!("{path} must be {expected}")))
         };
         let Function { name, parameters } = self.function;
-        if self.r#type != "function" {
-            return wrong("type", "'function'");
-        }
         if name.is_empty() || name.len() > 256 || name.chars().any(char::is_whitespace) {
             return wrong("function.name", "a name of 1 to 256 bytes without white space");
         }
-        if parameters.as_ref().is_some_and(|schema| !schema.is_object() && !schema.is_null()) {
-            return wrong("function.parameters", "a JSON schema: an object");
-        }
-        Ok(Tool { name, parameters: parameters.filter(|schema| !schema.is_null()) })
+        Ok(Tool { name, parameters: parameters.map(Value::Object) })
     }
 }
 
-/// `"none"`, `"auto"`, `"required"`, or a function's name in OpenAI's wrapping.
-fn choice_of(value: &Value) -> Result<Choice, ApiError> {
-    match value {
-        Value::String(choice) => match choice.as_str() {
-            "none" => return Ok(Choice::None),
-            "auto" => return Ok(Choice::Auto),
-            "required" => return Ok(Choice::Required),
-            _ => {}
-        },
-        Value::Object(fields) if fields.get("type").is_some_and(|kind| kind == "function") => {
-            let name = fields.get("function").and_then(|function| function.get("name"));
-            // The Responses API has the name beside the type.
-            if let Some(name) = name.or_else(|| fields.get("name")).and_then(Value::as_str) {
-                return Ok(Choice::Named(name.to_owned()));
+impl From<ToolChoice> for Choice {
+    fn from(choice: ToolChoice) -> Self {
+        match choice {
+            ToolChoice::Mode(ToolChoiceMode::None) => Self::None,
+            ToolChoice::Mode(ToolChoiceMode::Auto) => Self::Auto,
+            ToolChoice::Mode(ToolChoiceMode::Required) => Self::Required,
+            ToolChoice::Function { function: FunctionName { name }, .. } | ToolChoice::Name { name, .. } => {
+                Self::Named(name)
             }
         }
-        _ => {}
     }
-    let message = "tool_choice must be 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": …}}";
-    Err(ApiError::field("tool_choice", message))
 }
 
 /// Makes the arguments of earlier calls, which the API has as JSON text, the objects that templates expect.

@@ -1,11 +1,12 @@
 //! Token counts of a request.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 
-/// `usage` of an answer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+/// How many tokens a request had and made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub(super) struct Usage {
     prompt_tokens: usize,
     total_tokens: usize,
@@ -13,8 +14,9 @@ pub(super) struct Usage {
     prompt_tokens_details: PromptDetails,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 struct PromptDetails {
+    /// Tokens whose keys and values were found in the cache.
     cached_tokens: usize,
 }
 
@@ -51,18 +53,20 @@ impl Usage {
     }
 }
 
-/// `stream` and `stream_options`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+/// Whether and how the answer is streamed.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(super) struct StreamFields {
+    /// Whether the answer comes as server-sent events, token by token [default: false].
     stream: Option<bool>,
+    /// Only with `stream: true`.
     stream_options: Option<StreamOptions>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 struct StreamOptions {
+    /// Whether a last event has the usage [default: false].
     include_usage: Option<bool>,
+    /// Whether every event has the usage so far; only with `include_usage` [default: false].
     continuous_usage_stats: Option<bool>,
 }
 

@@ -12,6 +12,7 @@ mod connections;
 mod embeddings;
 mod errors;
 mod metrics;
+mod openapi;
 mod page;
 mod process;
 mod responses;

@@ -1,6 +1,7 @@
 //! `/v1/responses`: OpenAI's Responses API over the same chats. Responses are kept in memory: to be retrieved, and to be
 //! gone on from.
 
+mod document;
 mod items;
 mod request;
 mod store;
@@ -9,7 +10,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::sse::{Event as SseEvent, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, StreamExt};
@@ -20,14 +21,32 @@ use super::App;
 use super::chat::{Chat, ChatAnswer};
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::openapi::{GenerationErrors, LookupErrors};
+use super::path_id::PathId;
 use super::request_id::RequestId;
 use crate::answer::Part;
+use document::{DeletedResponse, ResponseObject, ResponseRequest};
 use items::{Event, Output, new_id};
 use request::{ResponseFields, blamed};
 pub(super) use store::ResponseStore;
 use store::Stored;
 
 /// `POST /v1/responses`: answers, at once, as a stream, or in the background.
+#[utoipa::path(
+    post,
+    path = "/v1/responses",
+    operation_id = "createResponse",
+    request_body = ResponseRequest,
+    responses(
+        (
+            status = 200,
+            description = "The response; with `stream: true` OpenAI's events, from `response.created` to \
+                           `response.completed`, `response.incomplete` or `response.failed`.",
+            content((ResponseObject = "application/json"), (String = "text/event-stream"))
+        ),
+        GenerationErrors
+    )
+)]
 pub(super) async fn create(
     State(app): State<Arc<App>>,
     request_id: RequestId,
@@ -62,18 +81,32 @@ pub(super) async fn create(
     }
 }
 
-/// `GET /v1/responses/{id}`.
+/// `GET /v1/responses/{id}`: a response that is kept, complete or not.
+#[utoipa::path(
+    get,
+    path = "/v1/responses/{id}",
+    operation_id = "getResponse",
+    params(("id" = String, Path, description = "The id of a response.")),
+    responses((status = 200, description = "The response.", body = ResponseObject), LookupErrors)
+)]
 pub(super) async fn retrieve(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<Value>, ApiError> {
     stored(&app, &id).map(|stored| Json(stored.response))
 }
 
 /// `DELETE /v1/responses/{id}`: it is not kept any longer; one that is still being made ends.
+#[utoipa::path(
+    delete,
+    path = "/v1/responses/{id}",
+    operation_id = "deleteResponse",
+    params(("id" = String, Path, description = "The id of a response.")),
+    responses((status = 200, description = "It is gone.", body = DeletedResponse), LookupErrors)
+)]
 pub(super) async fn delete(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<Value>, ApiError> {
     let stored = app.responses().remove(&id).ok_or_else(|| ApiError::UnknownResponse(id.clone()))?;
     if let Some(running) = stored.running {
@@ -83,9 +116,16 @@ pub(super) async fn delete(
 }
 
 /// `POST /v1/responses/{id}/cancel`: ends a response that is made in the background.
+#[utoipa::path(
+    post,
+    path = "/v1/responses/{id}/cancel",
+    operation_id = "cancelResponse",
+    params(("id" = String, Path, description = "The id of a response.")),
+    responses((status = 200, description = "The response as it is now.", body = ResponseObject), LookupErrors)
+)]
 pub(super) async fn cancel(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<Value>, ApiError> {
     let mut stored = stored(&app, &id)?;
     if stored.response["background"] != true {
@@ -124,7 +164,7 @@ fn head(id: &str, model: &str, fields: &ResponseFields) -> Value {
         "background": fields.background.unwrap_or(false), "error": null, "incomplete_details": null,
         "instructions": fields.instructions, "max_output_tokens": fields.max_output_tokens, "model": model,
         "output": [], "parallel_tool_calls": fields.parallel_tool_calls.unwrap_or(true),
-        "previous_response_id": fields.previous_response_id, "reasoning": {"effort": null, "summary": null},
+        "previous_response_id": fields.previous_response_id, "reasoning": {"effort": fields.effort(), "summary": null},
         "store": fields.store.unwrap_or(true), "temperature": fields.temperature,
         "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
         "tool_choice": fields.tool_choice.clone().unwrap_or_else(|| Value::from("auto")),
@@ -267,5 +307,30 @@ impl Run {
             Ok::<_, Infallible>(SseEvent::default().event(name).data(fields.to_string()))
         });
         Sse::new(events).keep_alive(super::sse::keep_alive()).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use utoipa::PartialSchema;
+
+    use super::*;
+
+    /// The fields that a type's schema has.
+    fn documented<T: PartialSchema>() -> BTreeSet<String> {
+        let schema = serde_json::to_value(T::schema()).unwrap();
+        schema["properties"].as_object().unwrap().keys().cloned().collect()
+    }
+
+    fn fields(value: &Value) -> BTreeSet<String> {
+        value.as_object().unwrap().keys().cloned().collect()
+    }
+
+    #[test]
+    fn the_document_has_the_fields_that_are_sent() {
+        let response = head("resp_1", "m", &ResponseFields::default());
+        assert_eq!(fields(&response), documented::<ResponseObject>());
     }
 }

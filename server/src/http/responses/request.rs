@@ -2,47 +2,71 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
+use super::document::{Include, ResponseInput, ResponseTool, TextFormat, Truncation};
 use crate::http::error::ApiError;
 use crate::http::json::JsonBody;
+use crate::http::tools::ToolChoice;
 
 /// The fields that chats do not have.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(super) struct ResponseFields {
+    #[serde(default)]
+    #[schema(value_type = ResponseInput, required = true)]
     input: Value,
+    /// A message of the system, before the input.
     pub(super) instructions: Option<String>,
+    /// Most tokens of the answer [default: what the context holds].
     #[serde(default, deserialize_with = "crate::http::integer::optional")]
+    #[schema(minimum = 1)]
     pub(super) max_output_tokens: Option<usize>,
+    /// A response that is kept, to go on from.
     pub(super) previous_response_id: Option<String>,
+    /// Whether to answer at once, and go on; excludes `stream` [default: false].
     pub(super) background: Option<bool>,
+    /// Whether the response is kept, to be asked for later [default: true].
     pub(super) store: Option<bool>,
+    /// Whether the answer comes as server-sent events [default: false].
     pub(super) stream: Option<bool>,
+    /// Given back with the response.
+    #[schema(value_type = Option<Object>)]
     pub(super) metadata: Option<Map<String, Value>>,
+    #[schema(value_type = Option<Vec<ResponseTool>>)]
     pub(super) tools: Option<Vec<Value>>,
+    #[schema(value_type = Option<ToolChoice>)]
     pub(super) tool_choice: Option<Value>,
+    /// Whether there may be several calls [default: true].
     pub(super) parallel_tool_calls: Option<bool>,
+    /// As for a chat.
+    #[schema(minimum = 0)]
     pub(super) temperature: Option<f32>,
+    /// As for a chat.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub(super) top_p: Option<f32>,
     pub(super) text: Option<TextField>,
     reasoning: Option<ReasoningField>,
+    #[schema(value_type = Option<Vec<Include>>)]
     include: Option<Vec<String>>,
+    /// Alternatives for each token of the text.
     #[serde(default, deserialize_with = "crate::http::integer::optional")]
+    #[schema(minimum = 0, maximum = 20)]
     top_logprobs: Option<i64>,
+    #[schema(value_type = Option<Truncation>)]
     truncation: Option<String>,
 }
 
-/// `text`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+/// What the text is like.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(super) struct TextField {
+    #[schema(value_type = Option<TextFormat>)]
     pub(super) format: Option<Value>,
 }
 
-/// `reasoning`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+/// How the model thinks.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 struct ReasoningField {
+    /// A variable of some chat templates.
     effort: Option<String>,
 }
 
@@ -69,6 +93,11 @@ const OWN: &[&str] = &[
 const LOGPROBS: &str = "message.output_text.logprobs";
 
 impl ResponseFields {
+    /// How much the model is to think.
+    pub(super) fn effort(&self) -> Option<&str> {
+        self.reasoning.as_ref()?.effort.as_deref()
+    }
+
     /// The messages of the input; of the earlier conversation there is nothing.
     pub(super) fn messages(&self) -> Result<Vec<Value>, ApiError> {
         match &self.input {
@@ -113,7 +142,7 @@ impl ResponseFields {
         if let Some(max) = self.max_output_tokens {
             chat.insert("max_completion_tokens".to_owned(), Value::from(max));
         }
-        if let Some(effort) = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref()) {
+        if let Some(effort) = self.effort() {
             chat.insert("reasoning_effort".to_owned(), Value::from(effort));
         }
         if let Some(tools) = &self.tools {
