@@ -9,7 +9,7 @@ mod token_env;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{InferenceCapabilities, TokEnv};
 use llguidance::{Matcher, ParserFactory};
@@ -43,6 +43,13 @@ pub enum GrammarSource {
     Choice(Vec<String>),
     /// A grammar in llguidance's variant of Lark.
     Lark(String),
+    /// Calls of tools, or a text.
+    CallsOr {
+        /// As [`Lark`](Self::Lark).
+        calls: String,
+        /// What the text must follow.
+        text: Box<GrammarSource>,
+    },
 }
 
 /// How a grammar is followed.
@@ -145,18 +152,33 @@ impl GrammarCompiler {
 
 impl GrammarSource {
     fn grammar(&self) -> TopLevelGrammar {
-        match self {
+        TopLevelGrammar { grammars: self.parts(), max_tokens: None }
+    }
+
+    /// The grammar, and those behind it that it refers to by name.
+    fn parts(&self) -> Vec<GrammarWithLexer> {
+        let whole = match self {
             Self::JsonObject => {
-                TopLevelGrammar::from_json_schema(with_whitespace(&json!({"type": "object"})))
+                GrammarWithLexer::from_json_schema(with_whitespace(&json!({"type": "object"})))
             }
-            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_whitespace(schema)),
-            Self::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Self::JsonSchema(schema) => GrammarWithLexer::from_json_schema(with_whitespace(schema)),
+            Self::Regex(regex) => GrammarWithLexer::from_regex(regex),
             Self::Choice(choices) => {
                 let choices: Vec<String> = choices.iter().map(|choice| regex::escape(choice)).collect();
-                TopLevelGrammar::from_regex(&format!("(?:{})", choices.join("|")))
+                GrammarWithLexer::from_regex(&format!("(?:{})", choices.join("|")))
             }
-            Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
-        }
+            Self::Lark(grammar) => GrammarWithLexer::from_lark(grammar.clone()),
+            Self::CallsOr { calls, text } => {
+                let either = GrammarWithLexer::from_lark("start: @calls | @text".to_owned());
+                let mut parts = vec![either, GrammarWithLexer::from_lark(calls.clone())];
+                parts.extend(text.parts());
+                for (part, name) in parts[1..].iter_mut().zip(["calls", "text"]) {
+                    part.name = Some(name.to_owned());
+                }
+                return parts;
+            }
+        };
+        vec![whole]
     }
 }
 

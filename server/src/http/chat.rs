@@ -26,7 +26,7 @@ use super::tools::{ToolFields, ToolPlan};
 use super::unsupported;
 use super::usage::{StreamFields, Streaming, Usage};
 use crate::answer::{AnswerParser, Part, ToolFormat};
-use crate::engine::{GenerateRequest, SharedGrammar};
+use crate::engine::GenerateRequest;
 use crate::grammar::{GrammarOptions, ReasoningTokens};
 use crate::model::ServedModel;
 
@@ -184,7 +184,10 @@ impl Chat {
                 let prompt = prompt.prompt(&preparing, messages, limited)?;
                 let reasoning = reasoning_tokens(&preparing, &prompt);
                 let options = GrammarOptions { ignore_eos, reasoning };
-                let grammar = compile(&preparing, structured.as_ref(), tools.as_ref(), options)?;
+                let grammar = match &tools {
+                    Some(tools) => tools.compile(&preparing, structured, options)?,
+                    None => structured.map(|asked| asked.compile(&preparing, options)).transpose()?,
+                };
                 Ok((prompt, grammar, tools))
             })
             .await?;
@@ -227,19 +230,6 @@ impl Chat {
             prompt: prompt.ids,
             generation,
         })
-    }
-}
-
-/// What the answer must follow: calls that are forced, else what was asked for.
-fn compile(
-    model: &ServedModel,
-    structured: Option<&StructuredOutput>,
-    tools: Option<&ToolPlan>,
-    options: GrammarOptions,
-) -> Result<Option<SharedGrammar>, ApiError> {
-    match tools.filter(|tools| tools.forces_a_call()) {
-        Some(tools) => tools.compile(model, options).map(Some),
-        None => structured.map(|asked| asked.compile(model, options)).transpose(),
     }
 }
 

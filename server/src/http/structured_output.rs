@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use super::error::ApiError;
 use super::json::JsonBody;
 use crate::engine::SharedGrammar;
-use crate::grammar::{GrammarCompiler, GrammarOptions, GrammarSource};
+use crate::grammar::{GrammarOptions, GrammarSource};
 use crate::model::ServedModel;
 
 /// What the answer's text must follow: at most one of these. OpenAI's field, vLLM's, and the names that vLLM's had before.
@@ -150,21 +150,18 @@ impl StructuredOutput {
         model: &ServedModel,
         options: GrammarOptions,
     ) -> Result<SharedGrammar, ApiError> {
-        compiler(model, self.field)?
+        let without = || {
+            let message =
+                format!("{}: this model has no tokenizer, so there is no text to shape", self.field);
+            ApiError::field(self.field, message)
+        };
+        model
+            .grammars
+            .as_deref()
+            .ok_or_else(without)?
             .compile(&self.source, options)
             .map_err(|error| ApiError::field(self.field, format!("{}: {error}", self.field)))
     }
-}
-
-/// The model's compiler of grammars; `field` is to blame when it has none.
-pub(super) fn compiler<'a>(
-    model: &'a ServedModel,
-    field: &'static str,
-) -> Result<&'a GrammarCompiler, ApiError> {
-    let without = || {
-        ApiError::field(field, format!("{field}: this model has no tokenizer, so there is no text to shape"))
-    };
-    model.grammars.as_deref().ok_or_else(without)
 }
 
 impl ResponseFormat {

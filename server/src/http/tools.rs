@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::json::JsonBody;
-use super::structured_output::compiler;
+use super::structured_output::StructuredOutput;
 use crate::answer::{Tool, ToolCallParser, ToolFormat};
 use crate::engine::SharedGrammar;
 use crate::grammar::{GrammarOptions, GrammarSource};
@@ -145,13 +145,34 @@ impl ToolPlan {
         Some(ToolCallParser::new(self.format, names, self.parallel))
     }
 
-    /// The grammar of the calls that must be made. Takes its time.
+    /// The grammar of the calls that must be made, or of a choice between calls and a text that must follow `text`;
+    /// `None`: anything may be said. Takes its time.
     pub(super) fn compile(
         &self,
         model: &ServedModel,
+        text: Option<StructuredOutput>,
         options: GrammarOptions,
-    ) -> Result<SharedGrammar, ApiError> {
+    ) -> Result<Option<SharedGrammar>, ApiError> {
         const FIELD: &str = "tools";
+        match (&self.choice, text) {
+            (Choice::None, text) => text.map(|text| text.compile(model, options)).transpose(),
+            (Choice::Auto, None) => Ok(None),
+            (Choice::Auto, Some(text)) => {
+                let calls = self.grammar(model)?;
+                let source = GrammarSource::CallsOr { calls, text: Box::new(text.source.clone()) };
+                let either = StructuredOutput { field: FIELD, source }.compile(model, options);
+                // Who is to blame is who does not work alone.
+                either.or_else(|error| text.compile(model, options).and(Err(error))).map(Some)
+            }
+            (Choice::Required | Choice::Named(_), _) => {
+                let source = GrammarSource::Lark(self.grammar(model)?);
+                StructuredOutput { field: FIELD, source }.compile(model, options).map(Some)
+            }
+        }
+    }
+
+    /// A Lark grammar of the calls that may be made.
+    fn grammar(&self, model: &ServedModel) -> Result<String, ApiError> {
         let wanted: Vec<&Tool> = match &self.choice {
             Choice::Named(name) => self.tools.iter().filter(|tool| tool.name == *name).take(1).collect(),
             _ => self.tools.iter().collect(),
@@ -161,10 +182,7 @@ impl ToolPlan {
             tokenizer.token_id(text).filter(|&id| tokenizer.is_special(id))
         };
         let template = model.chat_template()?.source();
-        let grammar = self.format.grammar(&wanted, self.parallel, template, special);
-        compiler(model, FIELD)?
-            .compile(&GrammarSource::Lark(grammar), options)
-            .map_err(|error| ApiError::field(FIELD, format!("{FIELD}: {error}")))
+        Ok(self.format.grammar(&wanted, self.parallel, template, special))
     }
 }
 

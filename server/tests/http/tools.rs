@@ -96,10 +96,13 @@ async fn free_calls_are_found_and_only_where_they_are_wanted() {
     let server = server("").await;
     let text = "Sure. <tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>\n\
                 <tool_call>\n{\"name\": \"stop_now\", \"arguments\": {}}\n</tool_call>";
-    // The model is made to say what a better one would say.
+    // The model is made to say what a better one would say; it could call at once, too, and is kept from that.
+    let first = server.ok("/tokenize", &json!({"prompt": "Sure", "add_special_tokens": false})).await;
+    let bias = json!({first["tokens"][0].to_string(): 100});
     let saying = |fields: Value| {
         let mut body = body(fields);
         body["structured_outputs"] = json!({"choice": [text]});
+        body["logit_bias"] = bias.clone();
         body
     };
     let answer = server.ok(CHAT, &saying(json!({}))).await;
@@ -188,4 +191,54 @@ async fn tools_that_the_model_cannot_call_are_refused() {
         let (status, error) = knowing.post(CHAT, &body(fields)).await;
         assert_eq!((status, &error["error"]["param"]), (StatusCode::BAD_REQUEST, &json!(param)), "{error}");
     }
+}
+
+#[tokio::test]
+async fn with_a_response_format_there_is_a_call_or_what_it_asks_for() {
+    let server = server("").await;
+    let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object",
+        "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"], "additionalProperties": false}}});
+    let bias = |text: &str, bias: i32| {
+        let server = &server;
+        let request = json!({"prompt": text, "add_special_tokens": false});
+        async move {
+            let tokens = server.ok("/tokenize", &request).await["tokens"].clone();
+            json!({tokens[0].to_string(): bias})
+        }
+    };
+    // Both are open at the beginning; a bias on the first token of the marker decides.
+    for (push, calls) in [(100, true), (-100, false)] {
+        let fields = json!({"response_format": format, "tool_choice": "auto", "parallel_tool_calls": false, "n": 2,
+            "logit_bias": bias("<tool_call>", push).await});
+        let answer = server.ok(CHAT, &body(fields)).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            let message = &choice["message"];
+            if calls {
+                assert_eq!((&choice["finish_reason"], &message["content"]), (&json!("tool_calls"), &Value::Null));
+                check_call(&message["tool_calls"][0]);
+            } else {
+                let content: Value = serde_json::from_str(message["content"].as_str().unwrap()).unwrap();
+                assert!(["yes", "no"].contains(&content["answer"].as_str().unwrap()), "{message}");
+                assert!(message.get("tool_calls").is_none() && choice["finish_reason"] == "stop");
+            }
+        }
+    }
+    // Who is to blame is named; what is forced leaves no choice.
+    let bad_schema = json!({"type": "json_schema", "json_schema": {"schema": {"type": "what"}}});
+    let mut bad_tools = tools();
+    bad_tools[0]["function"]["parameters"] = json!({"type": "what"});
+    let cases = [
+        (json!({"response_format": bad_schema}), "response_format"),
+        (json!({"response_format": format, "tools": bad_tools}), "tools"),
+        (json!({"response_format": format, "tool_choice": "required"}), "response_format"),
+    ];
+    for (fields, param) in cases {
+        let (status, error) = server.post(CHAT, &body(fields)).await;
+        assert_eq!((status, &error["error"]["param"]), (StatusCode::BAD_REQUEST, &json!(param)), "{error}");
+    }
+    // With no calls wanted, the text is all there is.
+    let fields = json!({"response_format": format, "tool_choice": "none"});
+    let answer = server.ok(CHAT, &body(fields)).await;
+    let content = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    assert!(serde_json::from_str::<Value>(content).is_ok(), "{content}");
 }
