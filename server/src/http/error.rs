@@ -133,9 +133,7 @@ impl ApiError {
             Self::Loading | Self::ShuttingDown | Self::Unhealthy => {
                 (StatusCode::SERVICE_UNAVAILABLE, ServiceUnavailableError)
             }
-            Self::EngineDied | Self::Internal(_) => {
-                (StatusCode::INTERNAL_SERVER_ERROR, InternalServerError)
-            }
+            Self::EngineDied | Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, InternalServerError),
         }
     }
 

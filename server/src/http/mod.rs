@@ -4,8 +4,6 @@ mod access_log;
 mod app;
 mod auth;
 mod chat;
-mod chat_answer;
-mod chat_messages;
 mod check;
 mod completions;
 mod deadline;

@@ -13,7 +13,7 @@ use utoipa::openapi::{
 };
 use utoipa::{IntoResponses, PartialSchema, ToSchema};
 
-use super::chat_answer::{ChatResponse, ChunkChoice};
+use super::chat::{ChatResponse, ChunkChoice};
 use super::error::{ApiError, ErrorBody};
 
 const DESCRIPTION: &str = "Serves models in Microscaling (MX) formats over an OpenAI-style API. Requests may have \
@@ -25,7 +25,8 @@ const KEY: &str = "api_key";
 
 /// The document without its paths.
 pub(super) fn head() -> OpenApi {
-    let info = InfoBuilder::new().title("mxserve").version(env!("CARGO_PKG_VERSION")).description(Some(DESCRIPTION));
+    let info =
+        InfoBuilder::new().title("mxserve").version(env!("CARGO_PKG_VERSION")).description(Some(DESCRIPTION));
     OpenApiBuilder::new().info(info.build()).build()
 }
 
@@ -33,7 +34,8 @@ pub(super) fn head() -> OpenApi {
 pub(super) fn finish(mut document: OpenApi) -> Result<Bytes, serde_json::Error> {
     let components = document.components.get_or_insert_default();
     // Nothing but a description refers to what streams consist of.
-    let mut schemas = vec![(ChatResponse::<ChunkChoice>::name().into(), ChatResponse::<ChunkChoice>::schema())];
+    let mut schemas =
+        vec![(ChatResponse::<ChunkChoice>::name().into(), ChatResponse::<ChunkChoice>::schema())];
     <ChatResponse<ChunkChoice>>::schemas(&mut schemas);
     ErrorBody::schemas(&mut schemas);
     schemas.push((ErrorBody::name().into(), ErrorBody::schema()));
@@ -80,14 +82,21 @@ pub(super) struct GenerationErrors;
 impl IntoResponses for ReadErrors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         let internal = ApiError::Internal("a bug of the server".to_owned());
-        responses([ApiError::Loading, ApiError::ShuttingDown, internal, ApiError::Timeout { limit_secs: 600 }])
+        responses([
+            ApiError::Loading,
+            ApiError::ShuttingDown,
+            internal,
+            ApiError::Timeout { limit_secs: 600 },
+        ])
     }
 }
 
 impl IntoResponses for LookupErrors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        let refused = ApiError::BadRequest { message: "what is wrong with the request".to_owned(), param: None };
-        let unknown = [ApiError::UnknownModel("name".to_owned()), ApiError::UnknownResponse("id".to_owned()), refused];
+        let refused =
+            ApiError::BadRequest { message: "what is wrong with the request".to_owned(), param: None };
+        let unknown =
+            [ApiError::UnknownModel("name".to_owned()), ApiError::UnknownResponse("id".to_owned()), refused];
         let mut all = ReadErrors::responses();
         all.extend(responses(unknown));
         all
@@ -125,7 +134,9 @@ fn responses<const N: usize>(errors: [ApiError; N]) -> BTreeMap<String, RefOr<Re
                 ResponseBuilder::new().content("application/json", Content::new(Some(schema))).build();
             for name in answer.headers().keys().filter(|name| !is_about_the_body(name)) {
                 let text = ObjectBuilder::new().schema_type(Type::String).build();
-                response.headers.insert(name.to_string(), HeaderBuilder::new().schema(Some(text)).build().into());
+                response
+                    .headers
+                    .insert(name.to_string(), HeaderBuilder::new().schema(Some(text)).build().into());
             }
             response
         });

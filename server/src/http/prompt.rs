@@ -21,7 +21,10 @@ pub(super) enum PromptField {
 #[derive(ToSchema)]
 #[schema(as = Prompt)]
 #[serde(untagged)]
-#[expect(dead_code, reason = "prompts are parsed by hand, for errors that say what is wrong; this is for the document")]
+#[expect(
+    dead_code,
+    reason = "prompts are parsed by hand, for errors that say what is wrong; this is for the document"
+)]
 pub(super) enum PromptSchema {
     Text(String),
     Texts(Vec<String>),

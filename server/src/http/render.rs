@@ -10,8 +10,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::App;
-use super::chat::ChatRequest;
-use super::chat_messages::{ChatPromptFields, check_messages};
+use super::chat::{ChatPromptFields, ChatRequest, check_messages};
 use super::completions::CompletionRequest;
 use super::error::ApiError;
 use super::json::JsonBody;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::App;
-use super::chat_messages::{ChatPromptFields, MessageSchema, check_messages};
+use super::chat::{ChatPromptFields, MessageSchema, check_messages};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::openapi::BodyErrors;

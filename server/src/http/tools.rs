@@ -57,9 +57,15 @@ struct Function {
 pub(super) enum ToolChoice {
     Mode(ToolChoiceMode),
     #[expect(dead_code, reason = "there is one type")]
-    Function { r#type: ToolType, function: FunctionName },
+    Function {
+        r#type: ToolType,
+        function: FunctionName,
+    },
     #[expect(dead_code, reason = "there is one type")]
-    Name { r#type: ToolType, name: String },
+    Name {
+        r#type: ToolType,
+        name: String,
+    },
 }
 
 /// No call, a call if the model makes one, at least one call.

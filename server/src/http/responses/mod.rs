@@ -104,10 +104,7 @@ pub(super) async fn retrieve(
     params(("id" = String, Path, description = "The id of a response.")),
     responses((status = 200, description = "It is gone.", body = DeletedResponse), LookupErrors)
 )]
-pub(super) async fn delete(
-    State(app): State<Arc<App>>,
-    PathId(id): PathId,
-) -> Result<Json<Value>, ApiError> {
+pub(super) async fn delete(State(app): State<Arc<App>>, PathId(id): PathId) -> Result<Json<Value>, ApiError> {
     let stored = app.responses().remove(&id).ok_or_else(|| ApiError::UnknownResponse(id.clone()))?;
     if let Some(running) = stored.running {
         running.abort();
@@ -123,10 +120,7 @@ pub(super) async fn delete(
     params(("id" = String, Path, description = "The id of a response.")),
     responses((status = 200, description = "The response as it is now.", body = ResponseObject), LookupErrors)
 )]
-pub(super) async fn cancel(
-    State(app): State<Arc<App>>,
-    PathId(id): PathId,
-) -> Result<Json<Value>, ApiError> {
+pub(super) async fn cancel(State(app): State<Arc<App>>, PathId(id): PathId) -> Result<Json<Value>, ApiError> {
     let mut stored = stored(&app, &id)?;
     if stored.response["background"] != true {
         let message = "only a response with background: true can be cancelled";

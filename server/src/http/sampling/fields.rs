@@ -1,14 +1,14 @@
-//! The fields that completions and chats share: how tokens are chosen, and when to stop.
+//! The fields as sent, and their checks.
 
 use std::collections::BTreeMap;
 
-use models::GenerationConfig;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::check::{logprobs, out_of_range, require, require_in_vocabulary};
-use super::error::ApiError;
+use super::{ModelFacts, SamplingPlan};
 use crate::engine::{Sampling, Scheduling, StopConditions};
+use crate::http::check::{logprobs, out_of_range, require, require_in_vocabulary};
+use crate::http::error::ApiError;
 use crate::tokenizer::Tokenizer;
 
 /// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
@@ -20,13 +20,13 @@ const MAX_BAD_WORD_BYTES: usize = 256;
 
 /// How tokens are chosen, and when to stop. All are optional, and `null` is the same as absent.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-pub(super) struct SamplingFields {
+pub(in crate::http) struct SamplingFields {
     /// Answers to each prompt [default: 1].
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(minimum = 1)]
     n: Option<usize>,
     /// The same as `n`: no answer is left out.
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(minimum = 1)]
     best_of: Option<usize>,
     /// 0: always the most likely token [default: the model's, else 1].
@@ -36,14 +36,14 @@ pub(super) struct SamplingFields {
     #[schema(exclusive_minimum = 0, maximum = 1)]
     top_p: Option<f32>,
     /// Only so many of the most likely tokens; 0 or -1: all [default: the model's, else all].
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(minimum = -1)]
     top_k: Option<i64>,
     /// Only tokens with at least this share of the most likely one's probability [default: the model's, else 0].
     #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f32>,
     /// The same seed gives the same answer, whatever else the server does [default: a random one].
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(example = 1)]
     seed: Option<i64>,
     /// Taken off the logit of each token that the answer has.
@@ -72,12 +72,12 @@ pub(super) struct SamplingFields {
     /// Whether to go on after an end-of-sequence token [default: false].
     ignore_eos: Option<bool>,
     /// Tokens before the answer may end.
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     min_tokens: Option<usize>,
     /// Whether the text is without special tokens [default: true].
     skip_special_tokens: Option<bool>,
     /// Log-probabilities of the prompt's tokens, with so many alternatives; not in a stream.
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(minimum = 0, maximum = 20)]
     prompt_logprobs: Option<i64>,
     /// Whether the answer has `token_ids` and `prompt_token_ids`.
@@ -85,11 +85,11 @@ pub(super) struct SamplingFields {
     /// Whether log-probabilities name tokens `token_id:N`.
     return_tokens_as_token_ids: Option<bool>,
     /// Keep only this many of the prompt's last tokens; -1: as many as the context holds.
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     #[schema(minimum = -1)]
     truncate_prompt_tokens: Option<i64>,
     /// Lower runs first, where the server has `--scheduling-policy priority`; else 0.
-    #[serde(default, deserialize_with = "super::integer::optional")]
+    #[serde(default, deserialize_with = "crate::http::integer::optional")]
     priority: Option<i64>,
     /// Cached prefixes are shared among requests with the same salt only.
     #[schema(min_length = 1)]
@@ -104,53 +104,9 @@ enum StopField {
     Many(Vec<String>),
 }
 
-/// What a model brings to the checks and defaults.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct ModelFacts<'a> {
-    /// Token ids are below this.
-    pub(super) vocab_size: usize,
-    /// Most tokens of a sequence.
-    pub(super) max_model_len: usize,
-    /// Whether requests have a priority.
-    pub(super) has_priorities: bool,
-    /// `None`: there is no text to look for stop strings in.
-    pub(super) tokenizer: Option<&'a Tokenizer>,
-    /// Defaults of the sampling parameters, and the end-of-sequence tokens.
-    pub(super) defaults: &'a GenerationConfig,
-}
-
-/// What the fields mean.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct SamplingPlan {
-    /// Sequences per prompt.
-    pub(super) n: usize,
-    /// For the first sequence of a prompt; the others have a seed of their own.
-    pub(super) sampling: Sampling,
-    /// Without `max_tokens`, which depends on the prompt.
-    pub(super) stop: StopConditions,
-    /// When it runs, and whose cache it may use.
-    pub(super) scheduling: Scheduling,
-    /// Strings that end the text.
-    pub(super) stop_strings: Vec<String>,
-    /// Whether end-of-sequence tokens are like any other.
-    pub(super) ignore_eos: bool,
-    /// Whether the stop string or token belongs to the text.
-    pub(super) include_stop: bool,
-    /// Whether special tokens are left out of the text.
-    pub(super) skip_special_tokens: bool,
-    /// Alternatives reported for each prompt token.
-    pub(super) prompt_logprobs: Option<usize>,
-    /// Whether token ids are reported.
-    pub(super) return_token_ids: bool,
-    /// Whether log-probabilities name tokens `token_id:N`.
-    pub(super) tokens_as_ids: bool,
-    /// Keep only this many of the prompt's last tokens.
-    pub(super) truncate_prompt: Option<usize>,
-}
-
 impl SamplingFields {
     /// Checks the fields and fills in the model's defaults.
-    pub(super) fn plan(self, model: ModelFacts<'_>) -> Result<SamplingPlan, ApiError> {
+    pub(in crate::http) fn plan(self, model: ModelFacts<'_>) -> Result<SamplingPlan, ApiError> {
         let n = self.n.unwrap_or(1);
         require("n", n >= 1, "at least 1")?;
         require(
@@ -299,159 +255,5 @@ impl SamplingFields {
                 Ok((id, bias))
             })
             .collect()
-    }
-}
-
-impl SamplingPlan {
-    /// The sampling of sequence `index` of a prompt.
-    pub(super) fn sampling_of(&self, index: usize) -> Sampling {
-        Sampling { seed: self.sampling.seed.wrapping_add(index as u64), ..self.sampling.clone() }
-    }
-
-    /// The stop conditions of a prompt of `prompt_len` tokens: `max_tokens` is cut to what the context holds.
-    /// `field` is to blame for a prompt that is too long.
-    pub(super) fn stop_for(
-        &self,
-        field: &'static str,
-        prompt_len: usize,
-        max_tokens: Option<usize>,
-        max_model_len: usize,
-    ) -> Result<StopConditions, ApiError> {
-        let room = max_model_len.saturating_sub(prompt_len);
-        if room < max_tokens.unwrap_or(1).min(1) || prompt_len > max_model_len {
-            let message = format!(
-                "the prompt has {prompt_len} tokens; this model's context holds {max_model_len}, prompt and answer together"
-            );
-            return Err(ApiError::field(field, message));
-        }
-        let max_tokens = max_tokens.unwrap_or(room).min(room);
-        require(
-            "min_tokens",
-            self.stop.min_tokens <= max_tokens,
-            &format!("at most max_tokens, {max_tokens} here"),
-        )?;
-        Ok(StopConditions { max_tokens, ..self.stop.clone() })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    fn plan_with(fields: Value, defaults: &GenerationConfig) -> Result<SamplingPlan, ApiError> {
-        let tokenizer = crate::tokenizer::tests::rustdoc();
-        let tokenizer = Some(&tokenizer);
-        let model =
-            ModelFacts { vocab_size: 100, max_model_len: 64, has_priorities: false, tokenizer, defaults };
-        serde_json::from_value::<SamplingFields>(fields).unwrap().plan(model)
-    }
-
-    fn plan(fields: Value) -> Result<SamplingPlan, ApiError> {
-        plan_with(fields, &GenerationConfig { eos_token_ids: vec![2], ..GenerationConfig::default() })
-    }
-
-    #[test]
-    fn ranges_are_checked_and_the_field_is_named() {
-        let cases = [
-            ("n", json!(0)),
-            ("best_of", json!(2)),
-            ("temperature", json!(-0.1)),
-            ("temperature", json!(1e39)),
-            ("top_p", json!(0)),
-            ("top_p", json!(1.1)),
-            ("top_k", json!(-2)),
-            ("min_p", json!(1.5)),
-            ("presence_penalty", json!(2.5)),
-            ("frequency_penalty", json!(-3)),
-            ("repetition_penalty", json!(0)),
-            ("logit_bias", json!({"100": 1})),
-            ("logit_bias", json!({"x": 1})),
-            ("logit_bias", json!({"1": 101})),
-            ("allowed_token_ids", json!([])),
-            ("allowed_token_ids", json!([100])),
-            ("bad_words", json!([""])),
-            ("bad_words", json!(["x".repeat(257)])),
-            ("bad_words", json!(vec!["x"; 1025])),
-            ("stop", json!("")),
-            ("stop", json!(["a", ""])),
-            ("stop_token_ids", json!([100])),
-            ("prompt_logprobs", json!(21)),
-            ("prompt_logprobs", json!(-1)),
-            ("truncate_prompt_tokens", json!(0)),
-            ("truncate_prompt_tokens", json!(65)),
-            ("priority", json!(-1)),
-            ("cache_salt", json!("")),
-        ];
-        for (field, value) in cases {
-            let mut fields = json!({});
-            fields[field] = value.clone();
-            let error = plan(fields).unwrap_err();
-            assert!(
-                matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field),
-                "{field} {value}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn null_is_absent_and_zero_means_off() {
-        let all_null = json!({"n": null, "temperature": null, "stop": null, "seed": null, "top_k": null});
-        let plan_null = plan(all_null).unwrap();
-        assert_eq!((plan_null.n, plan_null.sampling.temperature, plan_null.stop_strings.len()), (1, 1.0, 0));
-        for off in [-1, 0] {
-            assert_eq!(plan(json!({"top_k": off})).unwrap().sampling.top_k, None);
-        }
-        assert_eq!(plan(json!({"temperature": 1e-6})).unwrap().sampling.temperature, 0.0);
-    }
-
-    #[test]
-    fn seeds() {
-        let seeded = plan(json!({"seed": -1})).unwrap();
-        assert_eq!(seeded.sampling.seed, u64::MAX);
-        assert_eq!(seeded.sampling_of(0).seed, u64::MAX);
-        assert_eq!(seeded.sampling_of(1).seed, 0);
-        let random = [plan(json!({})).unwrap(), plan(json!({})).unwrap()];
-        assert_ne!(random[0].sampling.seed, random[1].sampling.seed);
-    }
-
-    #[test]
-    fn the_models_defaults_yield_to_the_request() {
-        let defaults =
-            GenerationConfig { temperature: Some(0.6), top_k: Some(20), ..GenerationConfig::default() };
-        let sampling = plan_with(json!({}), &defaults).unwrap().sampling;
-        assert_eq!((sampling.temperature, sampling.top_k), (0.6, Some(20)));
-        let sampling = plan_with(json!({"temperature": 0, "top_k": -1}), &defaults).unwrap().sampling;
-        assert_eq!((sampling.temperature, sampling.top_k), (0.0, None));
-    }
-
-    #[test]
-    fn ends() {
-        assert_eq!(plan(json!({})).unwrap().stop.eos_token_ids, [2]);
-        let ignoring = plan(json!({"ignore_eos": true, "stop_token_ids": [5], "stop": "x"})).unwrap();
-        assert!(ignoring.stop.eos_token_ids.is_empty());
-        assert_eq!((ignoring.stop.stop_token_ids, ignoring.stop_strings), (vec![5], vec!["x".to_owned()]));
-    }
-
-    #[test]
-    fn the_context_bounds_the_answer() {
-        let plan = plan(json!({"min_tokens": 2})).unwrap();
-        assert_eq!(plan.stop_for("prompt", 60, Some(16), 64).unwrap().max_tokens, 4);
-        assert_eq!(plan.stop_for("prompt", 60, None, 64).unwrap().max_tokens, 4);
-        let param = |result: Result<StopConditions, ApiError>| match result.unwrap_err() {
-            ApiError::BadRequest { param, .. } => param.unwrap(),
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(param(plan.stop_for("prompt", 64, Some(16), 64)), "prompt");
-        assert_eq!(param(plan.stop_for("prompt", 64, None, 64)), "prompt");
-        assert_eq!(param(plan.stop_for("messages", 65, Some(0), 64)), "messages");
-        assert_eq!(param(plan.stop_for("prompt", 10, Some(1), 64)), "min_tokens");
-    }
-
-    #[test]
-    fn a_full_context_can_be_scored() {
-        let plan = plan(json!({})).unwrap();
-        assert_eq!(plan.stop_for("prompt", 64, Some(0), 64).unwrap().max_tokens, 0);
     }
 }

@@ -3,45 +3,45 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::generation::{FinishReasonName, StopReason};
-use super::logprobs::{ChatLogprobs, PromptLogprobs, RankedToken};
-use super::usage::Usage;
 use crate::answer::{Part, ToolFormat};
+use crate::http::generation::{FinishReasonName, StopReason};
+use crate::http::logprobs::{ChatLogprobs, PromptLogprobs, RankedToken};
+use crate::http::usage::Usage;
 
-pub(super) const ROLE: &str = "assistant";
+pub(in crate::http) const ROLE: &str = "assistant";
 
 /// An answer, or an event of a stream.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ChatResponse<C> {
-    pub(super) id: String,
+pub(in crate::http) struct ChatResponse<C> {
+    pub(in crate::http) id: String,
     /// `chat.completion`, or `chat.completion.chunk`.
-    pub(super) object: &'static str,
+    pub(in crate::http) object: &'static str,
     /// Seconds since 1970.
-    pub(super) created: u64,
-    pub(super) model: String,
-    pub(super) choices: Vec<C>,
+    pub(in crate::http) created: u64,
+    pub(in crate::http) model: String,
+    pub(in crate::http) choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) usage: Option<Usage>,
+    pub(in crate::http) usage: Option<Usage>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Option<HashMap<String, RankedToken>>>>)]
-    pub(super) prompt_logprobs: Option<PromptLogprobs>,
+    pub(in crate::http) prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) prompt_token_ids: Option<Vec<u32>>,
+    pub(in crate::http) prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// A whole answer.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ChatChoice)]
-pub(super) struct Choice {
-    pub(super) index: usize,
-    pub(super) message: Message,
+pub(in crate::http) struct Choice {
+    pub(in crate::http) index: usize,
+    pub(in crate::http) message: Message,
     #[serde(flatten)]
-    pub(super) common: Common,
+    pub(in crate::http) common: Common,
 }
 
 /// What the model says. Content is `null` where it only calls tools.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Message {
+pub(in crate::http) struct Message {
     role: &'static str,
     content: Option<String>,
     refusal: Option<String>,
@@ -53,16 +53,16 @@ pub(super) struct Message {
 
 /// A part of an answer, as a stream sends it.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ChunkChoice {
-    pub(super) index: usize,
-    pub(super) delta: MessageDelta,
+pub(in crate::http) struct ChunkChoice {
+    pub(in crate::http) index: usize,
+    pub(in crate::http) delta: MessageDelta,
     #[serde(flatten)]
-    pub(super) common: Common,
+    pub(in crate::http) common: Common,
 }
 
 /// What is added to a message.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub(super) struct MessageDelta {
+pub(in crate::http) struct MessageDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,7 +75,7 @@ pub(super) struct MessageDelta {
 
 /// A call of a tool; in a stream, its id, type and name come first, its arguments piece by piece.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
-pub(super) struct ToolCall {
+pub(in crate::http) struct ToolCall {
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,19 +94,19 @@ struct FunctionCall {
 
 /// What a whole answer and a part of one have in common.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub(super) struct Common {
-    pub(super) logprobs: Option<ChatLogprobs>,
+pub(in crate::http) struct Common {
+    pub(in crate::http) logprobs: Option<ChatLogprobs>,
     #[schema(value_type = Option<FinishReasonName>)]
-    pub(super) finish_reason: Option<&'static str>,
+    pub(in crate::http) finish_reason: Option<&'static str>,
     /// The stop string or token that ended the answer.
-    pub(super) stop_reason: Option<StopReason>,
+    pub(in crate::http) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) token_ids: Option<Vec<u32>>,
+    pub(in crate::http) token_ids: Option<Vec<u32>>,
 }
 
 impl Common {
     /// Adds what follows.
-    pub(super) fn append(&mut self, next: Self) {
+    pub(in crate::http) fn append(&mut self, next: Self) {
         match (&mut self.logprobs, next.logprobs) {
             (Some(list), Some(next)) => list.append(next),
             (list @ None, next) => *list = next,
@@ -123,7 +123,7 @@ impl Common {
 
 /// A message that is being put together.
 #[derive(Debug, Default)]
-pub(super) struct MessageBuilder {
+pub(in crate::http) struct MessageBuilder {
     content: String,
     reasoning: String,
     calls: Vec<ToolCall>,
@@ -131,7 +131,7 @@ pub(super) struct MessageBuilder {
 
 impl MessageBuilder {
     /// Adds a part.
-    pub(super) fn push(&mut self, part: Part, format: Option<ToolFormat>) {
+    pub(in crate::http) fn push(&mut self, part: Part, format: Option<ToolFormat>) {
         match part {
             Part::Content(text) => self.content.push_str(&text),
             Part::Reasoning(text) => self.reasoning.push_str(&text),
@@ -145,7 +145,7 @@ impl MessageBuilder {
     }
 
     /// The message.
-    pub(super) fn finish(self) -> Message {
+    pub(in crate::http) fn finish(self) -> Message {
         let content = (self.calls.is_empty() || !self.content.is_empty()).then_some(self.content);
         let reasoning_content = (!self.reasoning.is_empty()).then_some(self.reasoning);
         Message { role: ROLE, content, refusal: None, reasoning_content, tool_calls: self.calls }
@@ -154,7 +154,7 @@ impl MessageBuilder {
 
 impl MessageDelta {
     /// What these parts add; the first delta of a message has the role.
-    pub(super) fn new(first: bool, parts: Vec<Part>, format: Option<ToolFormat>) -> Self {
+    pub(in crate::http) fn new(first: bool, parts: Vec<Part>, format: Option<ToolFormat>) -> Self {
         let mut delta = Self { role: first.then_some(ROLE), ..Self::default() };
         for part in parts {
             match part {

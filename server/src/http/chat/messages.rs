@@ -4,14 +4,14 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::error::ApiError;
-use super::tools::{ToolField, parse_earlier_calls};
+use crate::http::error::ApiError;
+use crate::http::tools::{ToolField, parse_earlier_calls};
 use crate::model::ServedModel;
 use crate::tokenizer::RenderOptions;
 
 /// The fields that make a prompt of messages; `/tokenize` has them too.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-pub(super) struct ChatPromptFields {
+pub(in crate::http) struct ChatPromptFields {
     /// Whether the prompt ends with the beginning of an answer [default: true].
     add_generation_prompt: Option<bool>,
     /// Whether the answer goes on with the last message; excludes `add_generation_prompt` [default: false].
@@ -32,7 +32,7 @@ pub(super) struct ChatPromptFields {
 #[derive(ToSchema)]
 #[schema(as = ChatMessage, example = json!({"role": "user", "content": "Hi"}))]
 #[expect(dead_code, reason = "messages are checked as JSON, for templates; this is for the document")]
-pub(super) struct MessageSchema {
+pub(in crate::http) struct MessageSchema {
     /// Templates say which there are: `system`, `user`, `assistant`, `tool`.
     #[schema(min_length = 1)]
     role: String,
@@ -81,17 +81,17 @@ struct EarlierFunction {
 
 /// A chat's prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ChatPrompt {
+pub(in crate::http) struct ChatPrompt {
     /// Token ids; not empty.
-    pub(super) ids: Vec<u32>,
+    pub(in crate::http) ids: Vec<u32>,
     /// Whether the prompt ends where the model is to think.
-    pub(super) begins_reasoning: bool,
+    pub(in crate::http) begins_reasoning: bool,
 }
 
 impl ChatPromptFields {
     /// The rendered messages. With `limited`, a text that cannot fit into the context is refused before
     /// it is tokenized, and that field is blamed.
-    pub(super) fn prompt(
+    pub(in crate::http) fn prompt(
         self,
         model: &ServedModel,
         mut messages: Vec<Map<String, Value>>,
@@ -130,7 +130,7 @@ impl ChatPromptFields {
 }
 
 /// Refuses messages that no template could show as they are meant.
-pub(super) fn check_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
+pub(in crate::http) fn check_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
     if messages.is_empty() {
         return Err(ApiError::field("messages", "messages must not be empty"));
     }
