@@ -12,6 +12,10 @@ use super::responses::ResponseStore;
 use crate::model::ServedModel;
 use crate::telemetry::{Telemetry, Traces};
 
+/// A body of this length is parsed, and its fields are read, in less time than it takes to hand it to another thread and
+/// to be woken again.
+const SMALL_BODY_BYTES: usize = 16 << 10;
+
 /// The server's state: it answers from the start, and has a model once that is loaded.
 #[derive(Debug)]
 pub struct App {
@@ -80,6 +84,19 @@ impl App {
     /// The model, if it is loaded.
     pub fn loaded(&self) -> Option<&Arc<ServedModel>> {
         self.model.get()
+    }
+
+    /// Runs work on a request's body of so many bytes: at once, or where that takes long, as
+    /// [`off_the_reactor`](Self::off_the_reactor).
+    ///
+    /// # Errors
+    /// The work's own, or it panicked.
+    pub(super) async fn prepare<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if bytes <= SMALL_BODY_BYTES { work() } else { self.off_the_reactor(work).await }
     }
 
     /// Runs work that takes the processor for long (a large body to parse, a long text to tokenize) where it holds up

@@ -40,10 +40,10 @@ pub(super) async fn detokenize(
     body: JsonBody,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     let model = Arc::clone(app.model()?);
-    let fields: DetokenizeFields = body.read()?;
-    model.resolve_name(fields.model.as_deref())?;
-    require_in_vocabulary("tokens", &fields.tokens, model.vocab_size())?;
     app.off_the_reactor(move || {
+        let fields: DetokenizeFields = body.read()?;
+        model.resolve_name(fields.model.as_deref())?;
+        require_in_vocabulary("tokens", &fields.tokens, model.vocab_size())?;
         let prompt = model.tokenizer()?.decode(&fields.tokens, false);
         Ok(Json(DetokenizeResponse { prompt }))
     })

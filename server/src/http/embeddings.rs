@@ -7,7 +7,6 @@ use axum::extract::State;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 use utoipa::ToSchema;
 
@@ -20,22 +19,28 @@ use super::prompt::{Prompt, PromptOptions, PromptSchema, parse_prompts};
 use super::request_id::RequestId;
 use super::usage::Usage;
 use crate::engine::{
-    FinishReason, GenerateRequest, Pooling, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent,
+    FinishReason, GenerateRequest, Pooling, Sampling, Scheduling, StopConditions, TokenEvent,
 };
 use crate::model::ServedModel;
-use crate::telemetry::{Outcome, Recorder};
+use crate::telemetry::{Outcome, Recorder, Telemetry};
 
 const FIELD: &str = "input";
 
 /// The body of a request for embeddings; unknown fields are accepted.
+#[derive(ToSchema)]
+#[schema(example = json!({"input": ["One text.", "Another."]}))]
+#[expect(dead_code, reason = "the input is parsed by hand; this is the whole, for the document")]
+pub(super) struct EmbeddingRequest {
+    input: PromptSchema,
+    #[serde(flatten)]
+    fields: EmbeddingFields,
+}
+
+/// The fields but for the input.
 #[derive(Debug, Deserialize, ToSchema)]
-#[schema(as = EmbeddingRequest, example = json!({"input": ["One text.", "Another."]}))]
 pub(super) struct EmbeddingFields {
     /// A name of the served model [default: its first].
     model: Option<String>,
-    #[serde(default)]
-    #[schema(value_type = PromptSchema, required = true)]
-    input: Value,
     /// Numbers, or the Base64 of their little-endian 32-bit floats [default: float].
     encoding_format: Option<EncodingFormat>,
     /// Has to be the model's hidden size: its embeddings cannot be cut.
@@ -51,6 +56,12 @@ pub(super) struct EmbeddingFields {
     truncate_prompt_tokens: Option<i64>,
     /// Whether the tokenizer adds special tokens to a text [default: true].
     add_special_tokens: Option<bool>,
+    /// Lower runs first, where the server has `--scheduling-policy priority`; else 0.
+    #[serde(default, deserialize_with = "super::integer::optional")]
+    priority: Option<i64>,
+    /// Cached prefixes are shared among requests with the same salt only.
+    #[schema(min_length = 1)]
+    cache_salt: Option<String>,
     /// The answer's id, as in the header `X-Request-Id`, which wins.
     request_id: Option<String>,
 }
@@ -104,17 +115,17 @@ enum Vector {
     post,
     path = "/v1/embeddings",
     operation_id = "createEmbedding",
-    request_body = EmbeddingFields,
+    request_body = EmbeddingRequest,
     responses((status = 200, description = "The vectors.", body = EmbeddingResponse), GenerationErrors)
 )]
 pub(super) async fn embed(
     State(app): State<Arc<App>>,
     request_id: RequestId,
-    body: JsonBody,
+    mut body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
     let model = Arc::clone(app.model()?);
-    let mut fields: EmbeddingFields = body.read()?;
-    let input = std::mem::take(&mut fields.input);
+    let fields: EmbeddingFields = body.read()?;
+    let input = body.take(FIELD);
     request_id.adopt(fields.request_id.as_deref());
     let name = model.resolve_name(fields.model.as_deref())?.to_owned();
     let hidden_size = model.engine.info().hidden_size;
@@ -123,6 +134,7 @@ pub(super) async fn embed(
         fields.dimensions.is_none_or(|dimensions| dimensions == hidden_size),
         &format!("{hidden_size}, or absent: this model's embeddings cannot be cut"),
     )?;
+    let scheduling = model.facts().scheduling(fields.priority, fields.cache_salt)?;
     let truncate = truncate(fields.truncate_prompt_tokens, model.max_model_len())?;
     let options = PromptOptions {
         add_special_tokens: fields.add_special_tokens.unwrap_or(true),
@@ -153,20 +165,17 @@ pub(super) async fn embed(
         PoolingField::Last => Pooling::Last,
     };
     let usage = Usage::new(inputs.iter().map(|input| input.ids.len()).sum());
-    let requests = requests(&id, inputs, pooling);
+    let requests = requests(&id, inputs, pooling, &scheduling);
     let mut recorder = Recorder::new(&model.names[0], &requests, usage.prompt_tokens());
     recorder.write_to(request_id.record());
-    let channels = model.engine.submit_all(requests).map_err(|error| {
-        app.telemetry().rejected(&error);
-        match error {
-            SubmitError::ShuttingDown if !model.engine.is_draining() => ApiError::EngineDied,
-            error => error.into(),
-        }
-    })?;
+    let channels = model.submit(app.telemetry(), requests)?;
     let normalize = fields.normalize.unwrap_or(true);
     let mut data = Vec::with_capacity(channels.len());
+    let mut unfinished = Unfinished { telemetry: app.telemetry(), sequences: channels.len() };
     for (index, channel) in channels.into_iter().enumerate() {
-        let vector = receive(channel, &app, &model).await?;
+        let vector = receive(channel).await.and_then(|vector| checked(vector, &model));
+        unfinished.next(if vector.is_ok() { Outcome::Length } else { Outcome::Error });
+        let vector = vector?;
         recorder.finished("length");
         let vector = if normalize { normalized(vector) } else { vector };
         let embedding = match fields.encoding_format {
@@ -190,13 +199,18 @@ fn truncate(asked: Option<i64>, max_model_len: usize) -> Result<Option<usize>, A
     }
 }
 
-fn requests(id: &str, inputs: Vec<Prompt>, pooling: Pooling) -> Vec<GenerateRequest> {
+fn requests(
+    id: &str,
+    inputs: Vec<Prompt>,
+    pooling: Pooling,
+    scheduling: &Scheduling,
+) -> Vec<GenerateRequest> {
     let request = |(index, input): (usize, Prompt)| GenerateRequest {
         id: format!("{id}-{index}"),
         prompt: input.ids,
         sampling: Sampling::default(),
         stop: StopConditions::default(),
-        scheduling: Scheduling::default(),
+        scheduling: scheduling.clone(),
         logprobs: None,
         prompt_logprobs: None,
         pooling: Some(pooling),
@@ -204,12 +218,27 @@ fn requests(id: &str, inputs: Vec<Prompt>, pooling: Pooling) -> Vec<GenerateRequ
     inputs.into_iter().enumerate().map(request).collect()
 }
 
+/// Counts how the sequences of a request end: those that are left when it is dropped are given up.
+struct Unfinished<'a> {
+    telemetry: &'a Telemetry,
+    sequences: usize,
+}
+
+impl Unfinished<'_> {
+    fn next(&mut self, outcome: Outcome) {
+        self.sequences -= 1;
+        self.telemetry.finished(outcome);
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        (0..self.sequences).for_each(|_| self.telemetry.finished(Outcome::Abort));
+    }
+}
+
 /// The vector that the engine sends.
-async fn receive(
-    mut events: UnboundedReceiver<TokenEvent>,
-    app: &App,
-    model: &ServedModel,
-) -> Result<Vec<f32>, ApiError> {
+async fn receive(mut events: UnboundedReceiver<TokenEvent>) -> Result<Vec<f32>, ApiError> {
     let mut vector = None;
     while let Some(event) = events.recv().await {
         match event {
@@ -219,16 +248,18 @@ async fn receive(
             TokenEvent::Prompt { .. } | TokenEvent::Token { .. } => {}
         }
     }
-    let vector = vector.ok_or(ApiError::EngineDied)?;
+    vector.ok_or(ApiError::EngineDied)
+}
+
+/// Refuses what is no vector: the model computed NaN.
+fn checked(vector: Vec<f32>, model: &ServedModel) -> Result<Vec<f32>, ApiError> {
     if vector.iter().any(|x| !x.is_finite()) {
-        app.telemetry().finished(Outcome::Error);
         tracing::error!(
             model = model.root,
             "the model's hidden states are not numbers: the answer is given up"
         );
         return Err(ApiError::Internal("the model's hidden states are not numbers".to_owned()));
     }
-    app.telemetry().finished(Outcome::Length);
     Ok(vector)
 }
 

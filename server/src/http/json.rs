@@ -15,16 +15,25 @@ use super::error::ApiError;
 /// A request body that is a JSON object. The parts of a request are read from it one struct at a time, so that
 /// endpoints share them and each error has the path of its field.
 #[derive(Debug)]
-pub(super) struct JsonBody(Value);
+pub(super) struct JsonBody {
+    value: Value,
+    /// Of its text.
+    bytes: usize,
+}
 
 impl JsonBody {
+    /// How long its text was: what the work with it depends on.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Parses a body.
     pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, ApiError> {
         let bad = |message: String| ApiError::BadRequest { message, param: None };
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|e| bad(format!("the request body is not valid JSON: {e}")))?;
         if value.is_object() {
-            Ok(Self(value))
+            Ok(Self { value, bytes: bytes.len() })
         } else {
             Err(bad("the request body must be a JSON object".to_owned()))
         }
@@ -32,7 +41,7 @@ impl JsonBody {
 
     /// The fields that `T` has; all others are ignored here.
     pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        serde_path_to_error::deserialize(&self.0).map_err(|e| {
+        serde_path_to_error::deserialize(&self.value).map_err(|e| {
             let path = e.path().to_string();
             match path.as_str() {
                 "." => {
@@ -45,24 +54,24 @@ impl JsonBody {
 
     /// Takes a field out that may be large; `null` when it is not there.
     pub(super) fn take(&mut self, field: &str) -> Value {
-        self.0.get_mut(field).map(Value::take).unwrap_or_default()
+        self.value.get_mut(field).map(Value::take).unwrap_or_default()
     }
 
-    /// The body that has these fields.
-    pub(super) fn from_object(fields: Map<String, Value>) -> Self {
-        Self(Value::Object(fields))
+    /// The body that has these fields, made from one of so many bytes.
+    pub(super) fn from_object(fields: Map<String, Value>, bytes: usize) -> Self {
+        Self { value: Value::Object(fields), bytes }
     }
 
     /// All fields.
     pub(super) fn object(&self) -> &Map<String, Value> {
         // Every way to make a body makes an object.
         static NONE: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
-        self.0.as_object().unwrap_or(&NONE)
+        self.value.as_object().unwrap_or(&NONE)
     }
 
     /// One field.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field)
+        self.value.get(field)
     }
 }
 
@@ -96,7 +105,7 @@ impl FromRequest<Arc<App>> for JsonBody {
                 _ => ApiError::BadRequest { message, param: None },
             }
         })?;
-        app.off_the_reactor(move || Self::from_bytes(&bytes)).await
+        app.prepare(bytes.len(), move || Self::from_bytes(&bytes)).await
     }
 }
 

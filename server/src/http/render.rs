@@ -56,15 +56,15 @@ pub(super) async fn completions(
     mut body: JsonBody,
 ) -> Result<Json<Vec<Rendered>>, ApiError> {
     let model = Arc::clone(app.model()?);
-    let fields: RenderFields = body.read()?;
-    request_id.adopt(fields.request_id.as_deref());
-    unsupported::check_completion(&body)?;
-    let name = model.resolve_name(fields.model.as_deref())?.to_owned();
-    let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
-    let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
-    let options = PromptOptions { add_special_tokens, truncate, echo: false, field: "prompt" };
-    let prompt = body.take("prompt");
     app.off_the_reactor(move || {
+        let fields: RenderFields = body.read()?;
+        request_id.adopt(fields.request_id.as_deref());
+        unsupported::check_completion(&body)?;
+        let name = model.resolve_name(fields.model.as_deref())?.to_owned();
+        let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
+        let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
+        let options = PromptOptions { add_special_tokens, truncate, echo: false, field: "prompt" };
+        let prompt = body.take("prompt");
         let given = parse_prompts(prompt, "prompt", model.longest_prompt(truncate))?;
         let rendered = given.into_iter().enumerate().map(|(index, prompt)| {
             let token_ids = prompt.prepare(&model, options)?.ids;
@@ -89,16 +89,16 @@ pub(super) async fn chat(
     body: JsonBody,
 ) -> Result<Json<Rendered>, ApiError> {
     let model = Arc::clone(app.model()?);
-    let fields: RenderFields = body.read()?;
-    request_id.adopt(fields.request_id.as_deref());
-    let Messages { messages } = body.read()?;
-    unsupported::check_chat(&body)?;
-    ToolPlan::read(&body, model.tool_format)?;
-    let name = model.resolve_name(fields.model.as_deref())?.to_owned();
-    let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
-    let prompt: ChatPromptFields = body.read()?;
-    check_messages(&messages)?;
     app.off_the_reactor(move || {
+        let fields: RenderFields = body.read()?;
+        request_id.adopt(fields.request_id.as_deref());
+        let Messages { messages } = body.read()?;
+        unsupported::check_chat(&body)?;
+        ToolPlan::read(&body, model.tool_format)?;
+        let name = model.resolve_name(fields.model.as_deref())?.to_owned();
+        let truncate = body.read::<SamplingFields>()?.plan(model.facts())?.truncate_prompt;
+        let prompt: ChatPromptFields = body.read()?;
+        check_messages(&messages)?;
         let limited = truncate.is_none().then_some("messages");
         let mut token_ids = prompt.prompt(&model, messages, limited)?.ids;
         token_ids.drain(..truncate.map_or(0, |keep| token_ids.len().saturating_sub(keep)));

@@ -1,11 +1,14 @@
 //! What requests ask of a model, with errors for clients.
 
 use config::SchedulingPolicy;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::check::require_in_vocabulary;
 use super::error::ApiError;
 use super::sampling::ModelFacts;
+use crate::engine::{GenerateRequest, SubmitError, TokenEvent};
 use crate::model::ServedModel;
+use crate::telemetry::Telemetry;
 use crate::tokenizer::{ChatTemplate, Encoded, Tokenizer};
 
 impl ServedModel {
@@ -58,6 +61,21 @@ impl ServedModel {
         }
         let message = format!("n times the prompts are {sequences} sequences; this server takes {most}");
         Err(ApiError::field("n", message))
+    }
+
+    /// Gives the engine sequences, all or none; each has a channel.
+    pub(super) fn submit(
+        &self,
+        telemetry: &Telemetry,
+        requests: Vec<GenerateRequest>,
+    ) -> Result<Vec<UnboundedReceiver<TokenEvent>>, ApiError> {
+        self.engine.submit_all(requests).map_err(|error| {
+            telemetry.rejected(&error);
+            match error {
+                SubmitError::ShuttingDown if !self.engine.is_draining() => ApiError::EngineDied,
+                error => error.into(),
+            }
+        })
     }
 
     /// The tokenizer.

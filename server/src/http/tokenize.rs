@@ -65,11 +65,11 @@ pub(super) async fn tokenize(
     body: JsonBody,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
     let model = Arc::clone(app.model()?);
-    let fields: TokenizeFields = body.read()?;
-    model.resolve_name(fields.model.as_deref())?;
-    unsupported::check_tokenize(&body)?;
-    let chat: ChatPromptFields = body.read()?;
     app.off_the_reactor(move || {
+        let fields: TokenizeFields = body.read()?;
+        model.resolve_name(fields.model.as_deref())?;
+        unsupported::check_tokenize(&body)?;
+        let chat: ChatPromptFields = body.read()?;
         let tokens = match (fields.prompt, fields.messages) {
             (Some(text), None) => {
                 model.encode("prompt", &text, fields.add_special_tokens.unwrap_or(true))?.ids

@@ -44,6 +44,48 @@ async fn an_answer_that_nobody_waits_for_is_cancelled() {
 }
 
 #[tokio::test]
+async fn every_endpoint_notices_that_its_client_left() {
+    let server = TestServer::chatty().await;
+    let messages = json!([{"role": "user", "content": "a"}]);
+    let chat = json!({"messages": messages, "ignore_eos": true, "n": 2});
+    let streamed = json!({"messages": messages, "ignore_eos": true, "n": 2, "stream": true});
+    let response = json!({"input": "a", "ignore_eos": true});
+    let streamed_response = json!({"input": "a", "ignore_eos": true, "stream": true});
+    // So many tokens that they are computed in several steps.
+    let embeddings = json!({"input": vec![vec![5; 1000]; 32]});
+    let cases = [
+        ("/v1/chat/completions", chat, 2.0),
+        ("/v1/chat/completions", streamed, 2.0),
+        ("/v1/responses", response, 1.0),
+        ("/v1/responses", streamed_response, 1.0),
+        ("/v1/embeddings", embeddings, 32.0),
+    ];
+    let ended = async |reason: &str| server.metric(ENDED, &[&format!("\"{reason}\"")]).await.unwrap();
+    for (path, body, sequences) in cases {
+        let before = [ended("abort").await, ended("length").await];
+        let whole = async {
+            let response = server.send(Method::POST, path, body.to_string()).await;
+            response.bytes().await
+        };
+        let impatient = async {
+            while server.metric("vllm:num_requests_running", &[]).await == Some(0.0) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::select! {
+            _ = whole => panic!("{path} was not to finish"),
+            () = impatient => {}
+        }
+        nothing_is_left(&server).await;
+        // The first of many inputs may have been ready; every sequence is counted once.
+        let (aborted, finished) = (ended("abort").await - before[0], ended("length").await - before[1]);
+        assert!(aborted > 0.0 && aborted + finished == sequences, "{path}: {aborted} + {finished}");
+    }
+    let generated = server.metric("vllm:generation_tokens_total", &[]).await.unwrap();
+    assert!(generated < 4000.0, "they did not run to their ends: {generated}");
+}
+
+#[tokio::test]
 async fn a_stop_string_ends_the_engines_work_too() {
     let server = TestServer::start().await;
     let body = json!({"prompt": "a", "max_tokens": 1000, "ignore_eos": true, "stop": ["e", "a", "\n", " "]});

@@ -128,6 +128,49 @@ async fn what_cannot_fit_is_refused_and_what_is_truncated_is_not() {
 }
 
 #[tokio::test]
+async fn monstrous_requests_are_refused_and_do_no_harm() {
+    let server = TestServer::chatty().await;
+    let body = |fields: Value| fields.to_string().into_bytes();
+    let message = json!({"role": "user", "content": "hello there"});
+    let invalid_utf8 = b"{\"prompt\": \"\xff\xfe\"}".to_vec();
+    let unclosed = [br#"{"prompt": "#.as_slice(), &[b'['; 100_000]].concat();
+    let cases: [(&str, &str, Vec<u8>, Option<&str>); 11] = [
+        ("invalid UTF-8", COMPLETIONS, invalid_utf8, None),
+        ("half a surrogate", COMPLETIONS, br#"{"prompt": "\ud800"}"#.to_vec(), None),
+        ("deep nesting", COMPLETIONS, unclosed, None),
+        ("10,000 messages", CHAT, body(json!({"messages": vec![message; 10_000]})), Some("messages")),
+        ("10,000 prompts", COMPLETIONS, body(json!({"prompt": vec!["a"; 10_000]})), Some("prompt")),
+        ("ids out of range", COMPLETIONS, body(json!({"prompt": vec![1_000_000; 10]})), Some("prompt")),
+        (
+            "ids beyond 64 bits",
+            COMPLETIONS,
+            br#"{"prompt": [99999999999999999999]}"#.to_vec(),
+            Some("prompt"),
+        ),
+        ("30 MB of text", COMPLETIONS, body(json!({"prompt": "a b".repeat(10_000_000)})), Some("prompt")),
+        (
+            "a million stops",
+            COMPLETIONS,
+            body(json!({"prompt": "a", "stop": vec!["x"; 1_000_000]})),
+            Some("stop"),
+        ),
+        ("a million items", "/v1/responses", body(json!({"input": vec![1; 1_000_000]})), Some("input[0]")),
+        ("ids to spell", "/detokenize", body(json!({"tokens": [5, 4096]})), Some("tokens")),
+    ];
+    for (what, path, bytes, param) in cases {
+        let response = server.send(Method::POST, path, bytes).await;
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{what}");
+        let error = response.json::<Value>().await.unwrap()["error"].clone();
+        assert_eq!(error["param"].as_str(), param, "{what}: {error}");
+        assert!(error["message"].as_str().unwrap().len() < 1000, "{what}: no echo of what was sent");
+    }
+    let id = server.send(Method::GET, "/v1/models/%ff", "").await;
+    assert_eq!(id.status(), StatusCode::BAD_REQUEST);
+    assert_eq!(id.json::<Value>().await.unwrap()["error"]["param"], "id");
+    server.complete(json!({"prompt": "a", "max_tokens": 1})).await;
+}
+
+#[tokio::test]
 async fn unknown_fields_are_accepted() {
     let server = TestServer::start().await;
     let body = json!({"prompt": "a", "max_tokens": 1.0, "no_stop_trim": true, "separate_reasoning": false,

@@ -100,7 +100,7 @@ async fn the_bounds_are_those_that_are_checked() {
         ("CompletionFields", "/v1/completions", json!({"prompt": "a"})),
         ("ChatFields", "/v1/chat/completions", messages),
         ("ResponseFields", "/v1/responses", json!({"input": "a"})),
-        ("EmbeddingRequest", "/v1/embeddings", json!({"input": "a"})),
+        ("EmbeddingFields", "/v1/embeddings", json!({"input": "a"})),
     ];
     let mut tried = 0;
     for (schema, path, body) in requests {
@@ -111,7 +111,11 @@ async fn the_bounds_are_those_that_are_checked() {
                 body[field] = value;
                 let (status, answer) = server.post(path, &body).await;
                 let named = answer["error"]["param"].as_str();
-                assert_eq!((status, named), (StatusCode::BAD_REQUEST, Some(field.as_str())), "{body}: {answer}");
+                assert_eq!(
+                    (status, named),
+                    (StatusCode::BAD_REQUEST, Some(field.as_str())),
+                    "{body}: {answer}"
+                );
                 tried += 1;
             }
         }

@@ -89,6 +89,34 @@ async fn nothing_after_the_beginning_of_a_stop_string_is_shown_too_early() {
 }
 
 #[tokio::test]
+async fn stop_strings_of_characters_that_tokens_share() {
+    let server = TestServer::start().await;
+    // The model knows these characters by their bytes only: each takes several tokens, which no token's end respects.
+    let text = "日本語と🦀です";
+    let tokens = server.ok("/tokenize", &json!({"prompt": text, "add_special_tokens": false})).await;
+    assert!(tokens["count"].as_u64().unwrap() > text.chars().count() as u64);
+    for (stop, before) in [("🦀", "日本語と"), ("語と🦀", "日本"), ("本", "日"), ("す", "日本語と🦀で")]
+    {
+        for include in [false, true] {
+            let body = json!({"prompt": "x", "structured_outputs": {"choice": [text]}, "max_tokens": 100, "temperature": 0, "stop": stop,
+                "include_stop_str_in_output": include, "stream_options": {"include_usage": true}});
+            let events = server.stream("/v1/completions", body.clone()).await;
+            let expected = format!("{before}{}", if include { stop } else { "" });
+            assert_eq!(joined(&events, 0), expected, "{stop}");
+            assert!(!events.iter().any(|event| event.to_string().contains('\u{FFFD}')));
+            let mut body = body;
+            body.as_object_mut().unwrap().remove("stream_options");
+            let whole = server.complete(body).await;
+            assert_eq!(
+                (&whole["choices"][0]["text"], &whole["choices"][0]["stop_reason"]),
+                (&json!(expected), &json!(stop))
+            );
+            assert_eq!(whole["usage"], events.last().unwrap()["usage"]);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_bad_request_for_a_stream_is_an_error_and_no_stream() {
     let server = TestServer::start().await;
     let (status, error) = server.post(PATH, &json!({"prompt": "a", "stream": true, "n": 0})).await;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use config::{ServerConfig, Settings};
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use reqwest::{Client, Method, Response, StatusCode};
+use reqwest::{Body, Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -77,8 +77,8 @@ impl TestServer {
         .await
     }
 
-    pub(crate) async fn send(&self, method: Method, path: &str, body: impl Into<String>) -> Response {
-        let request = self.client.request(method, format!("{}{path}", self.base)).body(body.into());
+    pub(crate) async fn send(&self, method: Method, path: &str, body: impl Into<Body>) -> Response {
+        let request = self.client.request(method, format!("{}{path}", self.base)).body(body);
         request.send().await.unwrap()
     }
 

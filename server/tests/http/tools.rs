@@ -92,6 +92,46 @@ async fn a_stream_makes_the_same_calls() {
 }
 
 #[tokio::test]
+async fn every_choice_of_a_stream_has_calls_of_its_own() {
+    let server = server("").await;
+    let request = body(
+        json!({"tool_choice": "required", "n": 3, "temperature": 2, "stream_options": {"include_usage": true}}),
+    );
+    let events = server.stream(CHAT, request).await;
+    let mut calls = vec![std::collections::BTreeMap::<u64, (String, String, String)>::new(); 3];
+    let mut reasons = vec![Value::Null; 3];
+    for choice in events.iter().filter_map(|event| event["choices"].get(0)) {
+        let index = choice["index"].as_u64().unwrap() as usize;
+        assert!(reasons[index].is_null(), "nothing comes after the end of a choice");
+        reasons[index] = choice["finish_reason"].clone();
+        for part in choice["delta"]["tool_calls"].as_array().into_iter().flatten() {
+            let call = calls[index].entry(part["index"].as_u64().unwrap()).or_default();
+            let add = |text: &mut String, part: &Value| text.push_str(part.as_str().unwrap_or_default());
+            add(&mut call.0, &part["id"]);
+            add(&mut call.1, &part["function"]["name"]);
+            add(&mut call.2, &part["function"]["arguments"]);
+        }
+    }
+    assert!(reasons.iter().all(|reason| reason == "tool_calls" || reason == "length"), "{reasons:?}");
+    let mut ids = std::collections::BTreeSet::new();
+    for (index, calls) in calls.iter().enumerate() {
+        assert!(!calls.is_empty() && calls.keys().copied().eq(0..calls.len() as u64), "{calls:?}");
+        let complete = if reasons[index] == "length" { calls.len() - 1 } else { calls.len() };
+        for (id, name, arguments) in calls.values().take(complete) {
+            assert!(ids.insert(id.clone()), "ids are unique");
+            check_call(
+                &json!({"type": "function", "id": id, "function": {"name": name, "arguments": arguments}}),
+            );
+        }
+    }
+    let usage = &events.last().unwrap()["usage"];
+    assert_eq!(
+        usage["total_tokens"],
+        json!(usage["prompt_tokens"].as_u64().unwrap() + usage["completion_tokens"].as_u64().unwrap())
+    );
+}
+
+#[tokio::test]
 async fn free_calls_are_found_and_only_where_they_are_wanted() {
     let server = server("").await;
     let text = "Sure. <tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>\n\
@@ -214,7 +254,10 @@ async fn with_a_response_format_there_is_a_call_or_what_it_asks_for() {
         for choice in answer["choices"].as_array().unwrap() {
             let message = &choice["message"];
             if calls {
-                assert_eq!((&choice["finish_reason"], &message["content"]), (&json!("tool_calls"), &Value::Null));
+                assert_eq!(
+                    (&choice["finish_reason"], &message["content"]),
+                    (&json!("tool_calls"), &Value::Null)
+                );
                 check_call(&message["tool_calls"][0]);
             } else {
                 let content: Value = serde_json::from_str(message["content"].as_str().unwrap()).unwrap();

@@ -4,8 +4,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::earlier_calls::parse_earlier_calls;
 use crate::http::error::ApiError;
-use crate::http::tools::{ToolField, parse_earlier_calls};
+use crate::http::tools::ToolField;
 use crate::model::ServedModel;
 use crate::tokenizer::RenderOptions;
 

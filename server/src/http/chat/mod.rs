@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`.
 
 mod answer;
+mod earlier_calls;
 mod messages;
 mod request;
 mod running;
@@ -44,10 +45,15 @@ pub(super) async fn chat(
     request_id: RequestId,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let chat = Chat::read(&app, &request_id, &body)?;
-    let streaming = body.read::<StreamFields>()?.plan()?;
-    let whole = chat.plan.prompt_logprobs.is_none() || streaming.is_none();
-    require("prompt_logprobs", whole, "absent in a stream")?;
+    let (reader, id, bytes) = (Arc::clone(&app), request_id.clone(), body.bytes());
+    let read = move || {
+        let chat = Chat::read(&reader, &id, &body)?;
+        let streaming = body.read::<StreamFields>()?.plan()?;
+        let whole = chat.plan.prompt_logprobs.is_none() || streaming.is_none();
+        require("prompt_logprobs", whole, "absent in a stream")?;
+        Ok((chat, streaming))
+    };
+    let (chat, streaming) = app.prepare(bytes, read).await?;
     let answer = chat.start(&app, format!("chatcmpl-{request_id}")).await?;
     match streaming {
         None => answer.whole().await.map(|whole| Json(whole).into_response()),

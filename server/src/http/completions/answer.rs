@@ -197,17 +197,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_of_the_wrong_type_are_named() {
-        for (field, value) in [("max_tokens", json!(-1)), ("echo", json!("yes")), ("logprobs", json!(true))] {
-            let mut body = json!({"prompt": "a"});
-            body[field] = value;
-            let body = JsonBody::from_bytes(body.to_string().as_bytes()).unwrap();
-            let error = body.read::<CompletionFields>().unwrap_err();
-            assert!(matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field), "{error:?}");
-        }
-    }
-
-    #[test]
     fn parts_add_up() {
         let part =
             |text: &str, id| Choice { text: text.to_owned(), token_ids: Some(vec![id]), ..Choice::default() };

@@ -44,14 +44,18 @@ pub(super) async fn complete(
     mut body: JsonBody,
 ) -> Result<Response, ApiError> {
     let model = Arc::clone(app.model()?);
-    let fields: CompletionFields = body.read()?;
-    request_id.adopt(fields.request_id.as_deref());
-    unsupported::check_completion(&body)?;
-    let served_name = model.resolve_name(fields.model.as_deref())?.to_owned();
-    let plan = body.read::<SamplingFields>()?.plan(model.facts())?;
-    let streaming = body.read::<StreamFields>()?.plan()?;
-    let prompt = body.take("prompt");
-    let structured = StructuredOutput::read(&body)?;
+    let (reader, id, bytes) = (Arc::clone(&model), request_id.clone(), body.bytes());
+    let read = move || {
+        let fields: CompletionFields = body.read()?;
+        id.adopt(fields.request_id.as_deref());
+        unsupported::check_completion(&body)?;
+        let served_name = reader.resolve_name(fields.model.as_deref())?.to_owned();
+        let plan = body.read::<SamplingFields>()?.plan(reader.facts())?;
+        let streaming = body.read::<StreamFields>()?.plan()?;
+        let prompt = body.take("prompt");
+        Ok((fields, served_name, plan, streaming, prompt, StructuredOutput::read(&body)?))
+    };
+    let (fields, served_name, plan, streaming, prompt, structured) = app.prepare(bytes, read).await?;
     let completion = Completion::prepare(&app, &model, &fields, prompt, plan, structured, streaming).await?;
     let id = format!("cmpl-{request_id}");
     let requests = completion.requests(&id)?;

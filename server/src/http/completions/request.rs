@@ -144,3 +144,22 @@ impl Completion {
         TokenNames::new(self.model.tokenizer.as_deref(), self.plan.tokens_as_ids)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::http::json::JsonBody;
+
+    #[test]
+    fn fields_of_the_wrong_type_are_named() {
+        for (field, value) in [("max_tokens", json!(-1)), ("echo", json!("yes")), ("logprobs", json!(true))] {
+            let mut body = json!({"prompt": "a"});
+            body[field] = value;
+            let body = JsonBody::from_bytes(body.to_string().as_bytes()).unwrap();
+            let error = body.read::<CompletionFields>().unwrap_err();
+            assert!(matches!(&error, ApiError::BadRequest { param: Some(p), .. } if p == field), "{error:?}");
+        }
+    }
+}

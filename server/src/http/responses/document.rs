@@ -39,7 +39,7 @@ pub(super) enum InputItem {
 }
 
 #[derive(ToSchema)]
-struct InputMessage {
+pub(super) struct InputMessage {
     r#type: Option<InputMessageType>,
     role: String,
     content: InputContent,
@@ -47,27 +47,27 @@ struct InputMessage {
 
 #[derive(ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum InputMessageType {
+pub(super) enum InputMessageType {
     Message,
 }
 
 /// Text, or its parts.
 #[derive(ToSchema)]
 #[serde(untagged)]
-enum InputContent {
+pub(super) enum InputContent {
     Text(String),
     Parts(Vec<InputPart>),
 }
 
 #[derive(ToSchema)]
-struct InputPart {
+pub(super) struct InputPart {
     r#type: InputPartType,
     text: String,
 }
 
 #[derive(ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum InputPartType {
+pub(super) enum InputPartType {
     InputText,
     OutputText,
     Text,
@@ -75,7 +75,7 @@ enum InputPartType {
 
 #[derive(ToSchema)]
 #[serde(tag = "type", rename = "function_call")]
-struct InputCall {
+pub(super) struct InputCall {
     call_id: String,
     name: String,
     /// The text of a JSON object.
@@ -84,14 +84,14 @@ struct InputCall {
 
 #[derive(ToSchema)]
 #[serde(tag = "type", rename = "function_call_output")]
-struct InputCallOutput {
+pub(super) struct InputCallOutput {
     call_id: String,
     output: String,
 }
 
 #[derive(ToSchema)]
 #[serde(tag = "type", rename = "reasoning")]
-struct InputReasoning {}
+pub(super) struct InputReasoning {}
 
 /// A tool that the model may call: the fields of a function beside the type.
 #[derive(ToSchema)]
@@ -120,7 +120,7 @@ pub(super) struct TextFormat {
 
 #[derive(ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum TextFormatType {
+pub(super) enum TextFormatType {
     Text,
     JsonObject,
     JsonSchema,
@@ -186,7 +186,7 @@ pub(super) struct ResponseObject {
 
 #[derive(ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum Status {
+pub(super) enum Status {
     InProgress,
     Completed,
     Incomplete,
@@ -195,20 +195,20 @@ enum Status {
 }
 
 #[derive(ToSchema)]
-struct ResponseError {
+pub(super) struct ResponseError {
     #[schema(example = "server_error")]
     code: String,
     message: String,
 }
 
 #[derive(ToSchema)]
-struct IncompleteDetails {
+pub(super) struct IncompleteDetails {
     #[schema(example = "max_output_tokens")]
     reason: String,
 }
 
 #[derive(ToSchema)]
-struct ReasoningSettings {
+pub(super) struct ReasoningSettings {
     #[schema(required)]
     effort: Option<String>,
     #[schema(required)]
@@ -216,14 +216,14 @@ struct ReasoningSettings {
 }
 
 #[derive(ToSchema)]
-struct TextSettings {
+pub(super) struct TextSettings {
     format: TextFormat,
 }
 
 /// A message, a call of a tool, or what the model thought.
 #[derive(ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
-enum OutputItem {
+pub(super) enum OutputItem {
     Message { id: String, role: String, status: Status, content: Vec<OutputText> },
     FunctionCall { id: String, call_id: String, name: String, arguments: String, status: Status },
     Reasoning { id: String, summary: Vec<Value>, content: Vec<ReasoningText>, status: Status },
@@ -231,7 +231,7 @@ enum OutputItem {
 
 #[derive(ToSchema)]
 #[serde(tag = "type", rename = "output_text")]
-struct OutputText {
+pub(super) struct OutputText {
     text: String,
     annotations: Vec<Value>,
     /// Of the text's tokens, if asked for; each as in a chat.
@@ -240,12 +240,12 @@ struct OutputText {
 
 #[derive(ToSchema)]
 #[serde(tag = "type", rename = "reasoning_text")]
-struct ReasoningText {
+pub(super) struct ReasoningText {
     text: String,
 }
 
 #[derive(ToSchema)]
-struct ResponseUsage {
+pub(super) struct ResponseUsage {
     input_tokens: usize,
     input_tokens_details: InputDetails,
     output_tokens: usize,
@@ -254,12 +254,12 @@ struct ResponseUsage {
 }
 
 #[derive(ToSchema)]
-struct InputDetails {
+pub(super) struct InputDetails {
     cached_tokens: usize,
 }
 
 #[derive(ToSchema)]
-struct OutputDetails {
+pub(super) struct OutputDetails {
     reasoning_tokens: usize,
 }
 

@@ -2,6 +2,7 @@
 //! gone on from.
 
 mod document;
+mod input;
 mod items;
 mod request;
 mod store;
@@ -52,11 +53,16 @@ pub(super) async fn create(
     request_id: RequestId,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let fields: ResponseFields = body.read()?;
-    let mut messages = earlier(&app, fields.previous_response_id.as_deref())?;
-    messages.extend(fields.messages()?);
-    let chat = fields.chat(&body, messages.clone())?;
-    let chat = Chat::read(&app, &request_id, &chat).map_err(blamed)?;
+    let (reader, bytes) = (Arc::clone(&app), body.bytes());
+    let read = move || {
+        let fields: ResponseFields = body.read()?;
+        let mut messages = earlier(&reader, fields.previous_response_id.as_deref())?;
+        messages.extend(fields.messages()?);
+        let chat = fields.chat(&body, messages.clone())?;
+        let chat = Chat::read(&reader, &request_id, &chat).map_err(blamed)?;
+        Ok((fields, messages, chat))
+    };
+    let (fields, messages, chat) = app.prepare(bytes, read).await?;
     let id = new_id("resp");
     let (model, stream, background) = (chat.served_name().to_owned(), fields.stream, fields.background);
     let answer = chat.start(&app, id.clone()).await.map_err(blamed)?;

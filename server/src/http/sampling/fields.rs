@@ -6,13 +6,17 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::{ModelFacts, SamplingPlan};
-use crate::engine::{Sampling, Scheduling, StopConditions};
+use crate::engine::{Sampling, StopConditions};
 use crate::http::check::{logprobs, out_of_range, require, require_in_vocabulary};
 use crate::http::error::ApiError;
 use crate::tokenizer::Tokenizer;
 
 /// Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
+
+/// Every token's text is searched for each of them.
+const MAX_STOPS: usize = 1024;
+const MAX_STOP_BYTES: usize = 4096;
 
 /// Every step looks at each of them.
 const MAX_BAD_WORDS: usize = 1024;
@@ -96,7 +100,7 @@ pub(in crate::http) struct SamplingFields {
     cache_salt: Option<String>,
 }
 
-/// Strings that end the answer: one, or several.
+/// Strings that end the answer: one, or several, of 1 to 4096 bytes.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "must be a string or a list of strings")]
 enum StopField {
@@ -115,7 +119,9 @@ impl SamplingFields {
             "equal to n: nothing is left out",
         )?;
         let sampling = self.sampling(model)?;
-        let stop_token_ids = self.stop_token_ids.unwrap_or_default();
+        let mut stop_token_ids = self.stop_token_ids.unwrap_or_default();
+        stop_token_ids.sort_unstable();
+        stop_token_ids.dedup();
         require_in_vocabulary("stop_token_ids", &stop_token_ids, model.vocab_size)?;
         let stop = StopConditions {
             max_tokens: 0,
@@ -131,20 +137,18 @@ impl SamplingFields {
             Some(StopField::One(stop)) => vec![stop],
             Some(StopField::Many(stops)) => stops,
         };
-        require("stop", stop_strings.iter().all(|stop| !stop.is_empty()), "strings that are not empty")?;
+        require(
+            "stop",
+            stop_strings.len() <= MAX_STOPS
+                && stop_strings.iter().all(|stop| (1..=MAX_STOP_BYTES).contains(&stop.len())),
+            &format!("at most {MAX_STOPS} strings of 1 to {MAX_STOP_BYTES} bytes"),
+        )?;
         require(
             "stop",
             stop_strings.is_empty() || model.tokenizer.is_some(),
             "absent: this model has no tokenizer, so there is no text to look in; use stop_token_ids",
         )?;
-        let scheduling =
-            Scheduling { priority: self.priority.unwrap_or(0), cache_salt: self.cache_salt.clone() };
-        require(
-            "priority",
-            scheduling.priority == 0 || model.has_priorities,
-            "0: this server serves in order of arrival (--scheduling-policy priority changes that)",
-        )?;
-        require("cache_salt", scheduling.cache_salt.as_deref() != Some(""), "a string that is not empty")?;
+        let scheduling = model.scheduling(self.priority, self.cache_salt.clone())?;
         Ok(SamplingPlan {
             n,
             sampling,

@@ -27,6 +27,24 @@ pub(super) struct ModelFacts<'a> {
     pub(super) defaults: &'a GenerationConfig,
 }
 
+impl ModelFacts<'_> {
+    /// Checks `priority` and `cache_salt`.
+    pub(super) fn scheduling(
+        self,
+        priority: Option<i64>,
+        cache_salt: Option<String>,
+    ) -> Result<Scheduling, ApiError> {
+        let priority = priority.unwrap_or(0);
+        require(
+            "priority",
+            priority == 0 || self.has_priorities,
+            "0: this server serves in order of arrival (--scheduling-policy priority changes that)",
+        )?;
+        require("cache_salt", cache_salt.as_deref() != Some(""), "a string that is not empty")?;
+        Ok(Scheduling { priority, cache_salt })
+    }
+}
+
 /// What the fields mean.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SamplingPlan {

@@ -37,6 +37,8 @@ fn ranges_are_checked_and_the_field_is_named() {
         ("bad_words", json!(vec!["x"; 1025])),
         ("stop", json!("")),
         ("stop", json!(["a", ""])),
+        ("stop", json!("x".repeat(4097))),
+        ("stop", json!(vec!["x"; 1025])),
         ("stop_token_ids", json!([100])),
         ("prompt_logprobs", json!(21)),
         ("prompt_logprobs", json!(-1)),

@@ -1,178 +1,30 @@
-//! From the engine's tokens to text: the running sequences of one request.
+//! One sequence of a request: tokens in, text out.
 
 use std::sync::Arc;
 
-use futures::stream::{self, BoxStream, SelectAll, StreamExt};
 use kernels::TokenLogprobs;
-use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
-use utoipa::ToSchema;
 
-use super::error::ApiError;
-use super::request_id::RequestId;
-use super::sampling::SamplingPlan;
-use super::usage::Usage;
-use crate::engine::{FinishReason, GenerateRequest, SubmitError, TokenEvent};
+use super::{Delta, Finish, GeneratedToken, Output, StopReason};
+use crate::engine::{FinishReason, TokenEvent};
+use crate::http::error::ApiError;
+use crate::http::sampling::SamplingPlan;
 use crate::model::ServedModel;
-use crate::telemetry::{Outcome, Recorder, Telemetry};
+use crate::telemetry::{Outcome, Telemetry};
 use crate::tokenizer::{Detokenizer, StopMatcher};
 
-/// One thing that a sequence brings forth.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Output {
-    /// Log-probabilities of the prompt's tokens 1.., before everything else, if asked for.
-    Prompt(Vec<TokenLogprobs>),
-    /// Text, a token, the end: at least one of them.
-    Delta(Delta),
+/// A sequence as it was submitted.
+pub(super) struct Begun {
+    /// For logs: the request's id and the sequence's index.
+    pub(super) id: String,
+    /// Token ids.
+    pub(super) prompt: Vec<u32>,
+    /// Stop strings are looked for behind this many tokens.
+    pub(super) min_tokens: usize,
 }
 
-/// What came with one token.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Delta {
-    /// Text that is certain now. Characters and possible stop strings are held back until they are complete.
-    pub(super) text: String,
-    /// The token; absent where only held text is left to say.
-    pub(super) token: Option<GeneratedToken>,
-    /// The end.
-    pub(super) finish: Option<Finish>,
-}
-
-/// A generated token.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct GeneratedToken {
-    /// Its id.
-    pub(super) id: u32,
-    /// Characters of generated text before it.
-    pub(super) text_offset: usize,
-    /// If asked for.
-    pub(super) logprobs: Option<TokenLogprobs>,
-}
-
-/// Why a sequence ended.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Finish {
-    /// `stop` or `length`.
-    pub(super) reason: &'static str,
-    /// The stop string or token that was found; `None` for an end-of-sequence token.
-    pub(super) stop_reason: Option<StopReason>,
-    /// Prompt tokens found in the cache.
-    cached_tokens: usize,
-}
-
-/// Why an answer ended: by itself or a stop string, at its longest, or to call tools. `null` until then.
-#[derive(ToSchema)]
-#[schema(as = FinishReason)]
-#[serde(rename_all = "snake_case")]
-#[expect(dead_code, reason = "the names on the wire, for the document")]
-pub(super) enum FinishReasonName {
-    Stop,
-    Length,
-    ToolCalls,
-}
-
-/// `stop_reason` of an answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
-#[serde(untagged)]
-pub(super) enum StopReason {
-    /// One of `stop`.
-    Text(String),
-    /// One of `stop_token_ids`.
-    Token(u32),
-}
-
-/// The sequences of a request, running. Dropping it cancels them.
-pub(super) struct Generation {
-    outputs: SelectAll<BoxStream<'static, (usize, Result<Output, ApiError>)>>,
-    usage: Usage,
-    /// Sequences per prompt.
-    n: usize,
-    recorder: Recorder,
-}
-
-impl Generation {
-    /// Submits `requests`, all or none. `prompt_tokens`: the sum over the request's prompts.
-    pub(super) fn start(
-        model: &Arc<ServedModel>,
-        telemetry: &Arc<Telemetry>,
-        plan: &SamplingPlan,
-        requests: Vec<GenerateRequest>,
-        prompt_tokens: usize,
-    ) -> Result<Self, ApiError> {
-        let begun: Vec<_> = requests
-            .iter()
-            .map(|request| (request.id.clone(), request.prompt.clone(), request.stop.min_tokens))
-            .collect();
-        let recorder = Recorder::new(&model.names[0], &requests, prompt_tokens);
-        let channels = model.engine.submit_all(requests).map_err(|error| {
-            telemetry.rejected(&error);
-            match error {
-                SubmitError::ShuttingDown if !model.engine.is_draining() => ApiError::EngineDied,
-                error => error.into(),
-            }
-        })?;
-        let sequence = |((id, prompt, min_tokens), events): ((String, Vec<u32>, usize), _)| RunningSequence {
-            id,
-            detokenizer: model
-                .tokenizer
-                .as_ref()
-                .map(|t| Detokenizer::after(&prompt, t, plan.skip_special_tokens)),
-            model: Arc::clone(model),
-            telemetry: Arc::clone(telemetry),
-            events,
-            matcher: StopMatcher::new(plan.stop_strings.clone(), plan.include_stop),
-            include_stop: plan.include_stop,
-            min_tokens,
-            cached_tokens: 0,
-            generated: 0,
-            characters: 0,
-            ended: false,
-        };
-        let streams = begun.into_iter().zip(channels).map(sequence).enumerate().map(|(index, sequence)| {
-            stream::unfold(sequence, |mut sequence| async { Some((sequence.next().await?, sequence)) })
-                .map(move |output| (index, output))
-                .boxed()
-        });
-        Ok(Self {
-            outputs: stream::select_all(streams),
-            usage: Usage::new(prompt_tokens),
-            n: plan.n,
-            recorder,
-        })
-    }
-
-    /// Notes what was generated in the request's record when it has ended.
-    pub(super) fn recorded(mut self, request_id: &RequestId) -> Self {
-        self.recorder.write_to(request_id.record());
-        self
-    }
-
-    /// The next output of any sequence, with the sequence's index; `None` when all have ended.
-    pub(super) async fn next(&mut self) -> Option<Result<(usize, Output), ApiError>> {
-        let (index, output) = self.outputs.next().await?;
-        if let Ok(Output::Delta(delta)) = &output {
-            if delta.token.is_some() {
-                self.usage.add_token();
-                self.recorder.token();
-            }
-            if let Some(finish) = &delta.finish {
-                self.recorder.finished(finish.reason);
-            }
-            // The sequences of a prompt share it; what the first of them found counts.
-            if let Some(finish) = delta.finish.as_ref().filter(|_| index.is_multiple_of(self.n)) {
-                self.usage.add_cached(finish.cached_tokens);
-                self.recorder.cached(finish.cached_tokens);
-            }
-        }
-        Some(output.map(|output| (index, output)))
-    }
-
-    /// Token counts so far.
-    pub(super) fn usage(&self) -> Usage {
-        self.usage
-    }
-}
-
-struct RunningSequence {
+/// A sequence, as long as the engine has it. Dropping it cancels it.
+pub(super) struct RunningSequence {
     /// For logs: the request's id and the sequence's index.
     id: String,
     model: Arc<ServedModel>,
@@ -194,7 +46,33 @@ struct RunningSequence {
 }
 
 impl RunningSequence {
-    async fn next(&mut self) -> Option<Result<Output, ApiError>> {
+    /// What the engine sends through `events` about a sequence.
+    pub(super) fn new(
+        model: Arc<ServedModel>,
+        telemetry: Arc<Telemetry>,
+        plan: &SamplingPlan,
+        begun: Begun,
+        events: UnboundedReceiver<TokenEvent>,
+    ) -> Self {
+        let tokenizer = model.tokenizer.as_ref();
+        Self {
+            id: begun.id,
+            detokenizer: tokenizer.map(|t| Detokenizer::after(&begun.prompt, t, plan.skip_special_tokens)),
+            model,
+            telemetry,
+            events,
+            matcher: StopMatcher::new(plan.stop_strings.clone(), plan.include_stop),
+            include_stop: plan.include_stop,
+            min_tokens: begun.min_tokens,
+            cached_tokens: 0,
+            generated: 0,
+            characters: 0,
+            ended: false,
+        }
+    }
+
+    /// The next output; `None` after the end.
+    pub(super) async fn next(&mut self) -> Option<Result<Output, ApiError>> {
         if self.ended {
             return None;
         }
