@@ -33,12 +33,14 @@ pub(super) fn head() -> OpenApi {
 /// The document with its paths, as JSON, once they are made fit for OpenAPI.
 pub(super) fn finish(mut document: OpenApi) -> Result<Bytes, serde_json::Error> {
     let components = document.components.get_or_insert_default();
-    // Nothing but a description refers to what streams consist of.
-    let mut schemas =
-        vec![(ChatResponse::<ChunkChoice>::name().into(), ChatResponse::<ChunkChoice>::schema())];
-    <ChatResponse<ChunkChoice>>::schemas(&mut schemas);
+    // Only descriptions and responses made by hand refer to these.
+    let mut schemas = vec![
+        ("ChatCompletionChunk".to_owned(), ChatResponse::<ChunkChoice>::schema()),
+        (ChunkChoice::name().into(), ChunkChoice::schema()),
+        (ErrorBody::name().into(), ErrorBody::schema()),
+    ];
+    ChatResponse::<ChunkChoice>::schemas(&mut schemas);
     ErrorBody::schemas(&mut schemas);
-    schemas.push((ErrorBody::name().into(), ErrorBody::schema()));
     components.schemas.extend(schemas);
     let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer);
     let description = "Needed under `/v1` where the server was started with API keys.";

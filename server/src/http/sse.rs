@@ -9,11 +9,23 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 
 /// Proxies close connections that are silent for long; a comment is ignored by clients and keeps them open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// An event of a stream.
+#[derive(ToSchema)]
+#[schema(as = StreamEvent)]
+#[expect(dead_code, reason = "events are written by axum; this is for the document")]
+pub(super) struct EventSchema {
+    /// JSON: a part of the answer, or an error. The last event of completions and chats has `[DONE]`.
+    data: String,
+    /// The event's type, in `/v1/responses`.
+    event: Option<String>,
+}
 
 /// Streams `chunks`, an event each, and `[DONE]`. An error ends the stream with its body as an event.
 pub(super) fn respond<T, S>(chunks: S) -> Response

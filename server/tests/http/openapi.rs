@@ -70,7 +70,7 @@ async fn every_endpoint_is_documented_and_served() {
     assert_eq!(ids.len(), ENDPOINTS.len(), "ids of operations are unique");
     let mut found = Vec::new();
     references(&document, &mut found);
-    assert!(found.len() > 100);
+    assert!(found.len() > 50, "{}", found.len());
     for reference in found {
         let path = reference.strip_prefix('#').unwrap();
         assert!(document.pointer(path).is_some(), "{reference} leads nowhere");

@@ -18,6 +18,7 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use super::openapi::GenerationErrors;
 use super::request_id::RequestId;
+use super::sse::EventSchema;
 use super::usage::StreamFields;
 use answer::Choice;
 pub(super) use answer::{ChatResponse, ChunkChoice};
@@ -34,8 +35,8 @@ pub(super) use running::ChatAnswer;
     responses(
         (
             status = 200,
-            description = "The answer; with `stream: true` events of `ChatResponse_ChunkChoice`, then `[DONE]`.",
-            content((ChatResponse<Choice> = "application/json"), (String = "text/event-stream"))
+            description = "The answer; with `stream: true` events of `ChatCompletionChunk`, then `[DONE]`.",
+            content((ChatResponse<Choice> = "application/json"), (EventSchema = "text/event-stream"))
         ),
         GenerationErrors
     )

@@ -16,6 +16,7 @@ use super::json::JsonBody;
 use super::openapi::GenerationErrors;
 use super::request_id::RequestId;
 use super::sampling::SamplingFields;
+use super::sse::EventSchema;
 use super::structured_output::StructuredOutput;
 use super::unsupported;
 use super::usage::StreamFields;
@@ -33,7 +34,7 @@ use request::{Completion, CompletionFields};
         (
             status = 200,
             description = "The answer; with `stream: true` events of the same form, then `[DONE]`.",
-            content((CompletionResponse = "application/json"), (String = "text/event-stream"))
+            content((CompletionResponse = "application/json"), (EventSchema = "text/event-stream"))
         ),
         GenerationErrors
     )

@@ -74,8 +74,8 @@ pub(super) enum InputPartType {
 }
 
 #[derive(ToSchema)]
-#[serde(tag = "type", rename = "function_call")]
 pub(super) struct InputCall {
+    r#type: InputCallType,
     call_id: String,
     name: String,
     /// The text of a JSON object.
@@ -83,15 +83,34 @@ pub(super) struct InputCall {
 }
 
 #[derive(ToSchema)]
-#[serde(tag = "type", rename = "function_call_output")]
+#[serde(rename_all = "snake_case")]
+pub(super) enum InputCallType {
+    FunctionCall,
+}
+
+#[derive(ToSchema)]
 pub(super) struct InputCallOutput {
+    r#type: InputCallOutputType,
     call_id: String,
     output: String,
 }
 
 #[derive(ToSchema)]
-#[serde(tag = "type", rename = "reasoning")]
-pub(super) struct InputReasoning {}
+#[serde(rename_all = "snake_case")]
+pub(super) enum InputCallOutputType {
+    FunctionCallOutput,
+}
+
+#[derive(ToSchema)]
+pub(super) struct InputReasoning {
+    r#type: InputReasoningType,
+}
+
+#[derive(ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum InputReasoningType {
+    Reasoning,
+}
 
 /// A tool that the model may call: the fields of a function beside the type.
 #[derive(ToSchema)]
@@ -230,8 +249,9 @@ pub(super) enum OutputItem {
 }
 
 #[derive(ToSchema)]
-#[serde(tag = "type", rename = "output_text")]
 pub(super) struct OutputText {
+    #[schema(example = "output_text")]
+    r#type: String,
     text: String,
     annotations: Vec<Value>,
     /// Of the text's tokens, if asked for; each as in a chat.
@@ -239,8 +259,9 @@ pub(super) struct OutputText {
 }
 
 #[derive(ToSchema)]
-#[serde(tag = "type", rename = "reasoning_text")]
 pub(super) struct ReasoningText {
+    #[schema(example = "reasoning_text")]
+    r#type: String,
     text: String,
 }
 

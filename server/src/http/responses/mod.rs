@@ -25,6 +25,7 @@ use super::json::JsonBody;
 use super::openapi::{GenerationErrors, LookupErrors};
 use super::path_id::PathId;
 use super::request_id::RequestId;
+use super::sse::EventSchema;
 use crate::answer::Part;
 use document::{DeletedResponse, ResponseObject, ResponseRequest};
 use items::{Event, Output, new_id};
@@ -43,7 +44,7 @@ use store::Stored;
             status = 200,
             description = "The response; with `stream: true` OpenAI's events, from `response.created` to \
                            `response.completed`, `response.incomplete` or `response.failed`.",
-            content((ResponseObject = "application/json"), (String = "text/event-stream"))
+            content((ResponseObject = "application/json"), (EventSchema = "text/event-stream"))
         ),
         GenerationErrors
     )
