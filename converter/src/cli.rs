@@ -2,6 +2,7 @@
 
 mod calibration;
 mod eval;
+mod mix;
 mod study;
 
 use std::io::Write;
@@ -9,13 +10,15 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use converter::calibrate::Calibration;
 use converter::eval::EvalOptions;
+use converter::mix::{Mix, MixText};
 use converter::plan::Recipe;
 use converter::study::StudyOptions;
 use converter::{Options, default_output};
-use kernels::mx::{ElementRounding, ScaleRounding, Scheme};
+use kernels::mx::{ElementRounding, MxFormat, ScaleRounding, Scheme};
 use models::checkpoint::ModulePattern;
 use models::checkpoint::quantization::Dialect;
 
@@ -58,11 +61,30 @@ struct ConvertArgs {
     model: PathBuf,
 
     /// WEIGHT or WEIGHT:ACTIVATION of mxint8, mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4, mxint4, mxfp4_e3m0;
-    /// or w4a4, w4a6, w4a8, w6a6, w6a8, w8a8.
-    #[arg(short, long, value_parser = format)]
-    format: (String, Scheme),
+    /// or w4a4, w4a6, w4a8, w6a6, w6a8, w8a8; or auto, auto:ACTIVATION: a mix of weight formats, chosen by what each does
+    /// to each group of modules, on the text of --calibration if there is one.
+    #[arg(short, long, value_parser = mix::format, required_unless_present = "recipe")]
+    format: Option<mix::Format>,
 
-    /// Folder to make [default: MODEL-FORMAT].
+    /// Formats by module, as --format auto leaves them in mx_recipe.json.
+    #[arg(long, value_name = "FILE", value_parser = mix::recipe, conflicts_with = "format")]
+    recipe: Option<Recipe>,
+
+    /// With --format auto: bits per weight of the mixed modules, scales included, at most.
+    #[arg(long, value_parser = mix::bits, conflicts_with = "max_ppl_increase")]
+    bits: Option<f64>,
+
+    /// With --format auto: the fewest bits whose direct cast raises the perplexity of held-out windows of the calibration
+    /// text by this much at most, as in 1%.
+    #[arg(long, value_name = "PERCENT", value_parser = mix::percent, requires = "calibration")]
+    max_ppl_increase: Option<f64>,
+
+    /// With --format auto: the formats to choose from [default: mxfp4,mxfp6_e2m3,mxfp6_e3m2,mxfp8_e4m3,mxint8, or those
+    /// of them that --layout has a place for].
+    #[arg(long, value_name = "FORMATS", value_delimiter = ',')]
+    candidates: Vec<MxFormat>,
+
+    /// Folder to make [default: MODEL-FORMAT, or MODEL-RECIPE].
     #[arg(short, long)]
     output: Option<PathBuf>,
 
@@ -187,7 +209,7 @@ pub(crate) enum Invocation {
 impl Cli {
     /// Parses the process's arguments. What is wrong with them is one line, as for every other error.
     pub(crate) fn invocation() -> Result<Invocation, ExitCode> {
-        match Self::try_parse() {
+        match Self::try_parse().and_then(Self::checked) {
             Ok(cli) => Ok(cli.into_invocation()),
             Err(error) if error.use_stderr() => {
                 let text = error.to_string();
@@ -202,6 +224,20 @@ impl Cli {
                 Err(ExitCode::SUCCESS)
             }
         }
+    }
+
+    /// What clap cannot say about flags that go together.
+    fn checked(self) -> Result<Self, clap::Error> {
+        let Some(args) = &self.convert else { return Ok(self) };
+        let aimed = args.bits.is_some() || args.max_ppl_increase.is_some();
+        let message = match args.format.as_ref().is_some_and(|format| format.is_mix) {
+            true if !aimed => "--format auto needs --bits or --max-ppl-increase",
+            false if aimed || !args.candidates.is_empty() => {
+                "--bits, --max-ppl-increase and --candidates are for --format auto"
+            }
+            _ => return Ok(self),
+        };
+        Err(Self::command().error(ErrorKind::ArgumentConflict, message))
     }
 
     fn into_invocation(self) -> Invocation {
@@ -222,18 +258,33 @@ impl Cli {
                 ..default
             }
         });
-        let (name, scheme) = args.format;
+        let (format, mut recipe) = match (args.format, args.recipe) {
+            (Some(format), _) => (format.clone(), Recipe::new(format.scheme)),
+            (None, Some(recipe)) => (mix::named(&recipe), recipe),
+            (None, None) => unreachable!("clap requires --format or --recipe"),
+        };
+        let text = args.calibration.map(|path| MixText {
+            path,
+            windows: args.calibration_windows,
+            window_tokens: args.calibration_window,
+        });
+        // Those of the command line win over those of the file.
+        recipe.layers.extend(args.layer);
+        recipe.exclude.extend(args.exclude);
         let recipe = Recipe {
             weight_scale_rounding: calibration.is_some().then_some(ScaleRounding::Mse),
-            scheme,
-            layers: args.layer,
-            exclude: args.exclude,
             scale_rounding: args.scale_rounding,
             activation_scale_rounding: args.activation_scale_rounding,
+            ..recipe
         };
-        let output = args.output.unwrap_or_else(|| default_output(&args.model, &name));
+        let output = args.output.unwrap_or_else(|| default_output(&args.model, &format.name));
         let mut options = Options {
             calibration,
+            mix: mix::target(args.bits, args.max_ppl_increase).filter(|_| format.is_mix).map(|target| Mix {
+                target,
+                formats: mix::formats(args.candidates, args.layout, format.scheme.activation),
+                text,
+            }),
             element_rounding: match args.element_rounding {
                 Rounding::Nearest => ElementRounding::NearestEven,
                 Rounding::Stochastic => ElementRounding::Stochastic { seed: args.seed },
@@ -249,11 +300,6 @@ impl Cli {
         }
         Invocation::Convert { options: Box::new(options), reports: args.report, evaluate: args.evaluate }
     }
-}
-
-/// A scheme, and the name it was given by.
-fn format(name: &str) -> Result<(String, Scheme), String> {
-    name.parse().map(|scheme| (name.to_owned(), scheme)).map_err(|e| format!("{e}"))
 }
 
 fn layer(text: &str) -> Result<(ModulePattern, Scheme), String> {
@@ -288,7 +334,6 @@ mod tests {
 
     #[test]
     fn the_command_is_well_formed() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 
@@ -321,5 +366,14 @@ mod tests {
         assert!(parse(&["model"]).is_err());
         assert!(parse(&["model", "--format", "mxfp5"]).unwrap_err().to_string().contains("mxfp5"));
         assert!(parse(&["model", "--format", "mxfp4", "--method", "gptr"]).is_err());
+        assert!(parse(&["model"]).unwrap_err().to_string().contains("--format"));
+        assert!(parse(&["model", "-f", "mxfp4", "--recipe", "r.json"]).is_err());
+        let checked = |args: &[&str]| parse(args).and_then(Cli::checked).map_err(|e| e.to_string());
+        assert!(checked(&["model", "-f", "auto:mxfp6", "--bits", "4.5"]).is_ok());
+        assert!(checked(&["model", "-f", "auto"]).unwrap_err().contains("--max-ppl-increase"));
+        assert!(checked(&["model", "-f", "mxfp4", "--bits", "4.5"]).unwrap_err().contains("--format auto"));
+        let increase = ["model", "-f", "auto", "--max-ppl-increase", "1%"];
+        assert!(checked(&increase).unwrap_err().contains("--calibration"));
+        assert!(checked(&[&increase[..], &["--calibration", "a", "--bits", "5"]].concat()).is_err());
     }
 }

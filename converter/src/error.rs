@@ -7,6 +7,7 @@ use models::checkpoint::CheckpointError;
 use models::checkpoint::quantization::Dialect;
 
 use crate::calibrate::CalibrationError;
+use crate::mix::MixError;
 use crate::plan::PlanError;
 
 /// A conversion that failed. The output's name is as it was, save after an [`Io`](Self::Io) error of the very last
@@ -51,6 +52,9 @@ pub enum ConvertError {
     /// The model could not be calibrated.
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
+    /// No mix of formats does what was asked for.
+    #[error(transparent)]
+    Mix(#[from] MixError),
     /// The chosen layout has no place for what was asked.
     #[error("--layout {layout} has no place for {what}; --layout ocp-mx has")]
     Layout {

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::convert::Options;
 use crate::error::ConvertError;
 use crate::layout;
+use crate::mix::render_recipe;
 use crate::model_card;
 use crate::output::Output;
 use crate::plan::Plan;
@@ -36,8 +37,12 @@ const COMPANIONS: [&str; 10] = [
     "generation_config.json",
 ];
 
+/// The formats that were chosen, to edit and to use again.
+const RECIPE_FILE: &str = "mx_recipe.json";
+
 /// Other files that come with checkpoints, here or as they are published.
-const OTHERS: [&str; 10] = [
+const OTHERS: [&str; 11] = [
+    RECIPE_FILE,
     "config.json",
     "README.md",
     RECORD_FILE,
@@ -88,6 +93,9 @@ pub(crate) fn write(
                 Err(reason) => notes.push(format!("no tokenizer written: {reason}")),
             }
         }
+    }
+    if provenance.options.mix.is_some() {
+        write_file(dir, RECIPE_FILE, render_recipe(&provenance.options.recipe).as_bytes())?;
     }
     write_json(dir, RECORD_FILE, &record(plan, provenance))?;
     write_file(dir, "README.md", model_card::render(report).as_bytes())?;

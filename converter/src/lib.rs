@@ -15,6 +15,7 @@ mod finite;
 mod gguf;
 pub mod inspect;
 mod layout;
+pub mod mix;
 mod model_card;
 mod output;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! What happens to each tensor: a recipe applied to tensor names and shapes. Pure.
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
 
 use kernels::mx::{Cast, ScaleRounding, Scheme};
 use models::checkpoint::quantization::is_embedding;
@@ -32,6 +33,8 @@ pub struct Recipe {
     pub weight_scale_rounding: Option<ScaleRounding>,
     /// Scale rule for activations, instead of `scale_rounding`.
     pub activation_scale_rounding: Option<ScaleRounding>,
+    /// The file that it was read from.
+    pub file: Option<PathBuf>,
 }
 
 impl Recipe {
@@ -44,11 +47,12 @@ impl Recipe {
             scale_rounding: None,
             weight_scale_rounding: None,
             activation_scale_rounding: None,
+            file: None,
         }
     }
 
     /// `scheme` with the recipe's scale rules.
-    fn with_rounding(&self, scheme: Scheme) -> Scheme {
+    pub(crate) fn with_rounding(&self, scheme: Scheme) -> Scheme {
         let apply = |cast: Cast, rule: Option<ScaleRounding>| Cast {
             scale_rounding: rule.unwrap_or(cast.scale_rounding),
             ..cast
@@ -132,8 +136,8 @@ pub enum PlanError {
     /// A pattern without effect is a typing mistake.
     #[error("{flag} '{pattern}' matches no linear module")]
     MatchesNothing {
-        /// `--layer` or `--exclude`.
-        flag: &'static str,
+        /// `--layer` or `--exclude`, and the file that such patterns also came from.
+        flag: String,
         /// The pattern.
         pattern: String,
     },
@@ -259,6 +263,8 @@ fn assign(recipe: &Recipe, modules: &[String]) -> Result<BTreeMap<String, Scheme
     let patterns = recipe.layers.iter().map(|(pattern, _)| ("--layer", pattern));
     for (flag, pattern) in patterns.chain(recipe.exclude.iter().map(|pattern| ("--exclude", pattern))) {
         if !modules.iter().any(|module| pattern.matches(module)) {
+            let file = recipe.file.as_ref().map(|file| format!("--recipe {} or ", file.display()));
+            let flag = file.unwrap_or_default() + flag;
             return Err(PlanError::MatchesNothing { flag, pattern: pattern.to_string() });
         }
     }

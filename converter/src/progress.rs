@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::mix::Trial;
+
 /// Hears where a conversion is, from several threads.
 pub trait Progress: Sync {
     /// `bytes` of source tensors are to be done.
@@ -15,6 +17,10 @@ pub trait Progress: Sync {
     fn advance(&self, bytes: u64);
     /// `done` of `layers` layers are calibrated; the others will take about as long as `left`.
     fn calibrated(&self, done: usize, layers: usize, left: Duration);
+    /// This share of comparing formats is done; the rest will take about as long as `left`.
+    fn measured(&self, share: f64, left: Duration);
+    /// A mix was tried on held-out text.
+    fn tried(&self, trial: &Trial);
     /// Something the user should know.
     fn warn(&self, message: &str);
     /// The output is in place.
@@ -26,6 +32,8 @@ impl Progress for () {
     fn begin(&self, _bytes: u64) {}
     fn advance(&self, _bytes: u64) {}
     fn calibrated(&self, _done: usize, _layers: usize, _left: Duration) {}
+    fn measured(&self, _share: f64, _left: Duration) {}
+    fn tried(&self, _trial: &Trial) {}
     fn warn(&self, _message: &str) {}
     fn finish(&self) {}
 }
@@ -94,9 +102,20 @@ impl Progress for ConsoleProgress {
     }
 
     fn calibrated(&self, done: usize, layers: usize, left: Duration) {
-        let (minutes, seconds) = (left.as_secs() / 60, left.as_secs() % 60);
+        let left = minutes(left);
+        self.line(&format!("{}: {done} of {layers} layers calibrated, {left} left", self.label));
+    }
+
+    fn measured(&self, share: f64, left: Duration) {
+        let percent = 100.0 * share;
+        self.line(&format!("{}: {percent:.0}% of comparing formats, {} left", self.label, minutes(left)));
+    }
+
+    fn tried(&self, trial: &Trial) {
+        let Trial { bits, perplexity, increase } = trial;
+        let percent = 100.0 * increase;
         self.line(&format!(
-            "{}: {done} of {layers} layers calibrated, {minutes}:{seconds:02} left",
+            "{}: {bits:.2} bits per weight: perplexity {perplexity:.3} ({percent:+.2}%)",
             self.label
         ));
     }
@@ -108,4 +127,9 @@ impl Progress for ConsoleProgress {
     fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// `12:07`.
+fn minutes(time: Duration) -> String {
+    format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60)
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod chart;
 mod html;
+mod mix;
 pub(crate) mod page;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use crate::calibrate::CalibrationReport;
 use crate::convert::Options;
 use crate::eval::Evaluation;
+use crate::mix::MixReport;
 use crate::output::Output;
 use crate::plan::{Action, Plan};
 use crate::source::Source;
@@ -28,7 +30,7 @@ pub struct Report {
     pub source: String,
     /// The output.
     pub output: String,
-    /// Scheme of the linear modules.
+    /// Scheme of the linear modules; `auto` for a mix that the converter chose.
     pub format: String,
     /// JSON dialect.
     pub layout: &'static str,
@@ -40,6 +42,8 @@ pub struct Report {
     pub formats: Vec<Totals>,
     /// All tensors.
     pub total: Totals,
+    /// How the formats were chosen, if that was left to the converter.
+    pub mix: Option<MixReport>,
     /// What calibration came to, if there was one.
     pub calibration: Option<CalibrationReport>,
     /// Source and output side by side on a text, if that was asked for.
@@ -119,12 +123,13 @@ impl Report {
         let mut report = Self {
             source: options.model.display().to_string(),
             output: options.output.display().to_string(),
-            format: options.recipe.scheme.to_string(),
+            format: if options.mix.is_some() { "auto".to_owned() } else { options.recipe.scheme.to_string() },
             layout: layout.name(),
             dry_run: options.dry_run,
             seconds: 0.0,
             formats: Vec::new(),
             total: Totals::default(),
+            mix: None,
             calibration: None,
             evaluation: None,
             warnings: plan.warnings.clone(),
@@ -203,6 +208,9 @@ impl fmt::Display for Report {
                 "{name:width$} {:>8} {:>15} {:>15} {:>12.2} {sqnr:>9}",
                 t.tensors, t.bytes_before, t.bytes_after, t.bits_per_weight
             )?;
+        }
+        if let Some(mix) = &self.mix {
+            writeln!(f, "{}", mix::summary(mix))?;
         }
         if let Some(calibration) = &self.calibration {
             let perplexity = calibration.perplexity;

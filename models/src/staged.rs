@@ -175,8 +175,8 @@ pub struct Stager<'a> {
     workspace: Workspace,
 }
 
-/// Rows of logits at a time.
-const LOGIT_ROWS: usize = 64;
+/// Rows of logits at a time, at most.
+pub const LOGIT_ROWS: usize = 64;
 
 impl<'a> Stager<'a> {
     /// Buffers for windows of `tokens` tokens, each from position 0.
@@ -259,28 +259,53 @@ impl<'a> Stager<'a> {
 
     /// Summed negative log-likelihood, in nats, of tokens 1.. of `window`, whose `state` is that after the last layer.
     pub fn nll(&mut self, ends: &Ends, window: &[u32], state: &WindowState) -> f64 {
-        let (backend, hidden, vocab) = (self.backend, self.config.hidden_size, self.config.vocab_size);
-        backend.write_f32(&mut self.workspace.residual, 0, &state.residual);
-        ends.norm.forward(backend, self.tokens, &mut self.workspace);
+        self.final_norm(ends, state);
         let scored: Vec<u32> = (0..self.tokens as u32 - 1).collect();
         let mut nll = 0.0;
         for rows in scored.chunks(LOGIT_ROWS) {
-            let ws = &mut self.workspace;
-            backend.write_u32(&mut ws.logit_rows, 0, rows);
-            backend.gather_rows(&ws.normed, &ws.logit_rows, rows.len(), hidden, &mut ws.logit_hidden);
-            match &ends.head {
-                None => {
-                    backend.linear(&ws.logit_hidden, rows.len(), &ends.embed, &mut ws.logits, vocab, 0);
-                }
-                Some(head) => head.forward(backend, &ws.logit_hidden, rows.len(), &mut ws.logits),
-            }
+            self.head(ends, rows);
             let indices: Vec<usize> = (0..rows.len()).collect();
             let first = rows[0] as usize + 1;
             let targets = &window[first..first + rows.len()];
-            let scores = backend.logprobs(&ws.logits, vocab, &indices, targets, 0);
+            let scores =
+                self.backend.logprobs(&self.workspace.logits, self.config.vocab_size, &indices, targets, 0);
             nll -= scores.iter().map(|score| f64::from(score.logprob)).sum::<f64>();
         }
         nll
+    }
+
+    /// Logits F32 `[positions.len(), vocab_size]` at up to [`LOGIT_ROWS`] positions of a window, whose `state` is that
+    /// after the last layer.
+    ///
+    /// # Panics
+    /// There are more positions, or one is not in the window.
+    pub fn logits(&mut self, ends: &Ends, state: &WindowState, positions: &[u32]) -> Vec<f32> {
+        assert!(positions.len() <= LOGIT_ROWS, "positions");
+        self.final_norm(ends, state);
+        self.head(ends, positions);
+        let mut logits = vec![0.0; positions.len() * self.config.vocab_size];
+        self.backend.read_f32(&self.workspace.logits, 0, &mut logits);
+        logits
+    }
+
+    /// Computes the final hidden states of a window.
+    fn final_norm(&mut self, ends: &Ends, state: &WindowState) {
+        self.backend.write_f32(&mut self.workspace.residual, 0, &state.residual);
+        ends.norm.forward(self.backend, self.tokens, &mut self.workspace);
+    }
+
+    /// Computes the logits of some of the final hidden states.
+    fn head(&mut self, ends: &Ends, positions: &[u32]) {
+        let (backend, hidden, vocab) = (self.backend, self.config.hidden_size, self.config.vocab_size);
+        let ws = &mut self.workspace;
+        backend.write_u32(&mut ws.logit_rows, 0, positions);
+        backend.gather_rows(&ws.normed, &ws.logit_rows, positions.len(), hidden, &mut ws.logit_hidden);
+        match &ends.head {
+            None => {
+                backend.linear(&ws.logit_hidden, positions.len(), &ends.embed, &mut ws.logits, vocab, 0);
+            }
+            Some(head) => head.forward(backend, &ws.logit_hidden, positions.len(), &mut ws.logits),
+        }
     }
 
     fn read(&self, buffer: &Buffer, width: usize) -> Vec<f32> {

@@ -228,16 +228,7 @@ impl Calibrator<'_> {
 
     /// Takes the direct cast through the layer.
     fn nearest_layer(&mut self, index: usize, mut parameters: Parameters) -> Result<(), ConvertError> {
-        for (name, tensor) in &mut parameters.linears {
-            let (Some(&scheme), LinearTensor::Dense(dense)) = (self.schemes.get(name.as_str()), &*tensor)
-            else {
-                continue;
-            };
-            let shape = tensor.shape();
-            let quantized = Quantized::nearest(&dense.to_f32(), shape[1], nearest_cast(scheme.weight));
-            let mx = MxLinear::new(scheme, shape, quantized.packed_codes(), quantized.scale_bytes());
-            *tensor = LinearTensor::Mx(mx.expect("a quantized weight has the size of its format"));
-        }
+        streams::cast_directly(&mut parameters, &self.schemes);
         let layer = self.load(&parameters, index)?;
         for state in &mut self.nearest {
             self.stager.begin(&layer, state);

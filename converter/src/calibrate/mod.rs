@@ -6,7 +6,7 @@ mod gram;
 mod layer;
 mod modules;
 mod store;
-mod streams;
+pub(crate) mod streams;
 mod sums;
 mod text;
 
@@ -25,16 +25,16 @@ pub use error::CalibrationError;
 pub(crate) use modules::CalibratedModules;
 pub use store::StageRecord;
 pub(crate) use store::Store;
+pub(crate) use sums::{Finished, Inputs, OutputError, Sums};
+pub(crate) use text::CalibrationWindows;
 
 use self::layer::Calibrator;
-use self::text::CalibrationWindows;
 use crate::error::ConvertError;
 use crate::layout;
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::quantize::CalibratedMethod;
 use crate::source::Source;
-use crate::text_tokenizer::TextTokenizer;
 
 /// How to calibrate.
 #[derive(Debug, Clone, PartialEq)]
@@ -182,14 +182,7 @@ impl Job<'_> {
         if text.as_os_str().is_empty() {
             return Err(CalibrationError::NoText { method: self.calibration.method.name() });
         }
-        if !(2..=config.max_model_len).contains(window_tokens) {
-            return Err(CalibrationError::Window { window: *window_tokens, max: config.max_model_len });
-        }
-        let Source::Folder { checkpoint, .. } = self.source else {
-            return Err(CalibrationError::NoFolder { path: self.source.path_of(None) });
-        };
-        let tokenizer = TextTokenizer::open(checkpoint.dir())?;
-        CalibrationWindows::read(&tokenizer, text, *windows, *window_tokens, config.vocab_size)
+        CalibrationWindows::of(self.source, config, text, *windows, *window_tokens)
     }
 
     /// What a stored layer depends on.

@@ -1,22 +1,40 @@
 //! The windows' activations on their way through the layers.
 
-use models::checkpoint::{DenseTensor, LinearTensor, dense_dtype};
+use std::collections::BTreeMap;
+
+use kernels::mx::Scheme;
+use models::checkpoint::{DenseTensor, LinearTensor, MxLinear, dense_dtype};
 use models::staged::Parameters;
 
+use super::layer::nearest_cast;
 use crate::error::ConvertError;
 use crate::finite::{self, first_non_finite};
 use crate::plan::LAYERS;
+use crate::quantize::Quantized;
 use crate::source::{Source, SourceTensor};
 
 /// The tensors of decoder layer `index`, as the source has them.
-pub(super) fn layer_parameters(source: &Source, index: usize) -> Result<Parameters, ConvertError> {
+pub(crate) fn layer_parameters(source: &Source, index: usize) -> Result<Parameters, ConvertError> {
     let prefix = format!("{LAYERS}{index}.");
     read(source, |tensor| tensor.name.starts_with(&prefix))
 }
 
 /// The tensors outside the decoder layers.
-pub(super) fn end_parameters(source: &Source) -> Result<Parameters, ConvertError> {
+pub(crate) fn end_parameters(source: &Source) -> Result<Parameters, ConvertError> {
     read(source, |tensor| !tensor.name.starts_with(LAYERS))
+}
+
+/// Casts the modules that have one of `schemes` directly.
+pub(crate) fn cast_directly(parameters: &mut Parameters, schemes: &BTreeMap<&str, Scheme>) {
+    for (name, tensor) in &mut parameters.linears {
+        let (Some(&scheme), LinearTensor::Dense(dense)) = (schemes.get(name.as_str()), &*tensor) else {
+            continue;
+        };
+        let shape = tensor.shape();
+        let quantized = Quantized::nearest(&dense.to_f32(), shape[1], nearest_cast(scheme.weight));
+        let mx = MxLinear::new(scheme, shape, quantized.packed_codes(), quantized.scale_bytes());
+        *tensor = LinearTensor::Mx(mx.expect("a quantized weight has the size of its format"));
+    }
 }
 
 fn read(source: &Source, wanted: impl Fn(&SourceTensor) -> bool) -> Result<Parameters, ConvertError> {

@@ -7,16 +7,16 @@ use super::gram::{Gram, add_transposed_product, product, product_transposed};
 /// The inputs x of a stage, as its products see them, each divided by its length: tokens count alike. Attention sinks,
 /// the first token above all, have inputs tens of times larger than others, and would decide everything.
 #[derive(Debug)]
-pub(super) struct Inputs {
+pub(crate) struct Inputs {
     /// `[tokens, K]`.
-    pub(super) values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
     /// What each token was multiplied by.
     factors: Vec<f32>,
 }
 
 impl Inputs {
     /// Of inputs `[tokens, K]` that are quantized by `cast` at run time.
-    pub(super) fn new(inputs: &[f32], cols: usize, cast: Option<Cast>) -> Self {
+    pub(crate) fn new(inputs: &[f32], cols: usize, cast: Option<Cast>) -> Self {
         let mut values = vec![0.0; inputs.len()];
         match cast {
             Some(cast) => quantize_dequantize(cast, inputs, &mut values),
@@ -33,7 +33,7 @@ impl Inputs {
     }
 
     /// Multiplies each token of `[tokens, width]` as the inputs were.
-    pub(super) fn weigh(&self, values: &mut [f32], width: usize) {
+    pub(crate) fn weigh(&self, values: &mut [f32], width: usize) {
         for (token, factor) in values.chunks_exact_mut(width).zip(&self.factors) {
             token.iter_mut().for_each(|value| *value *= factor);
         }
@@ -43,7 +43,7 @@ impl Inputs {
 /// Sums over windows of the inputs x that a stage has, and, where drift is corrected, of the inputs z that it should
 /// have: those of the unquantized model.
 #[derive(Debug)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     cols: usize,
     gram: Gram,
     wanted: Option<WantedSums>,
@@ -59,14 +59,14 @@ struct WantedSums {
 
 impl Sums {
     /// For inputs of width K = `cols`, with those wanted if `corrects`; `measured` sums can tell [errors](Finished::error).
-    pub(super) fn new(cols: usize, corrects: bool, measured: bool) -> Self {
+    pub(crate) fn new(cols: usize, corrects: bool, measured: bool) -> Self {
         let wanted = corrects
             .then(|| WantedSums { cross: vec![0.0; cols * cols], gram: measured.then(|| Gram::new(cols)) });
         Self { cols, gram: Gram::new(cols), wanted }
     }
 
     /// Adds a window; `wanted` `[tokens, K]` if there are sums of it.
-    pub(super) fn add(&mut self, inputs: &Inputs, wanted: Option<&[f32]>) {
+    pub(crate) fn add(&mut self, inputs: &Inputs, wanted: Option<&[f32]>) {
         self.gram.add(&inputs.values);
         let Some((sums, values)) = self.wanted.as_mut().zip(wanted) else { return };
         let mut weighed = values.to_vec();
@@ -78,7 +78,7 @@ impl Sums {
     }
 
     /// No more windows.
-    pub(super) fn finish(self) -> Finished {
+    pub(crate) fn finish(self) -> Finished {
         let (cross, wanted_gram) = match self.wanted {
             Some(sums) => (Some(sums.cross), sums.gram.map(Gram::finish)),
             None => (None, None),
@@ -89,10 +89,10 @@ impl Sums {
 
 /// Sums over all windows.
 #[derive(Debug)]
-pub(super) struct Finished {
+pub(crate) struct Finished {
     cols: usize,
     /// `[K, K]`.
-    pub(super) hessian: Vec<f32>,
+    pub(crate) hessian: Vec<f32>,
     /// `[K, K]`, with drift correction.
     cross: Option<Vec<f32>>,
     wanted_gram: Option<Vec<f32>>,
@@ -100,20 +100,20 @@ pub(super) struct Finished {
 
 impl Finished {
     /// Whether all sums are numbers.
-    pub(super) fn is_finite(&self) -> bool {
+    pub(crate) fn is_finite(&self) -> bool {
         self.hessian.iter().chain(self.cross.iter().flatten()).all(|value| value.is_finite())
     }
 
     /// The sum of `x (W z - W x)'`, `[K, N]`: what the module W `[N, K]` lacks to the wanted outputs; `None` without
     /// drift correction.
-    pub(super) fn missing(&self, weight: &[f32]) -> Option<Vec<f32>> {
+    pub(crate) fn missing(&self, weight: &[f32]) -> Option<Vec<f32>> {
         let difference: Vec<f32> =
             self.cross.as_ref()?.iter().zip(&self.hessian).map(|(cross, own)| cross - own).collect();
         Some(product_transposed(&difference, self.cols, weight))
     }
 
     /// Summed squares of the wanted outputs of W, and of what the outputs of `quantized`, both `[N, K]`, lack to them.
-    pub(super) fn error(&self, weight: &[f32], quantized: &[f32]) -> OutputError {
+    pub(crate) fn error(&self, weight: &[f32], quantized: &[f32]) -> OutputError {
         let form = |a: &[f32], gram: &[f32]| inner(&product(a, self.cols, gram), a);
         let (power, error) = match (&self.cross, &self.wanted_gram) {
             (Some(cross), Some(gram)) => {
@@ -140,19 +140,19 @@ impl Finished {
 
 /// Summed squares of outputs.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct OutputError {
-    pub(super) power: f64,
-    pub(super) error: f64,
+pub(crate) struct OutputError {
+    pub(crate) power: f64,
+    pub(crate) error: f64,
 }
 
 impl OutputError {
     /// Of two modules with the same inputs.
-    pub(super) fn plus(self, other: Self) -> Self {
+    pub(crate) fn plus(self, other: Self) -> Self {
         Self { power: self.power + other.power, error: self.error + other.error }
     }
 
     /// `10 log10(error / power)`, above a floor that stands for no error.
-    pub(super) fn decibels(self) -> f64 {
+    pub(crate) fn decibels(self) -> f64 {
         const FLOOR: f64 = 1e-20;
         if self.power > 0.0 { 10.0 * (self.error / self.power).max(FLOOR).log10() } else { 0.0 }
     }

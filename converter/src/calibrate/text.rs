@@ -3,7 +3,10 @@
 use std::io::Read;
 use std::path::Path;
 
+use models::ModelConfig;
+
 use super::CalibrationError;
+use crate::source::Source;
 use crate::text_tokenizer::TextTokenizer;
 
 /// Text is read up to here: far more than windows are made of, and tokenized in seconds.
@@ -19,6 +22,24 @@ pub(crate) struct CalibrationWindows {
 }
 
 impl CalibrationWindows {
+    /// Up to `count` windows of `length` tokens of `text` for the model in `source`: see [`read`](Self::read).
+    pub(crate) fn of(
+        source: &Source,
+        config: &ModelConfig,
+        text: &Path,
+        count: usize,
+        length: usize,
+    ) -> Result<Self, CalibrationError> {
+        if !(2..=config.max_model_len).contains(&length) {
+            return Err(CalibrationError::Window { window: length, max: config.max_model_len });
+        }
+        let Source::Folder { checkpoint, .. } = source else {
+            return Err(CalibrationError::NoFolder { path: source.path_of(None) });
+        };
+        let tokenizer = TextTokenizer::open(checkpoint.dir())?;
+        Self::read(&tokenizer, text, count, length, config.vocab_size)
+    }
+
     /// Up to `count` windows of `length` tokens, spread evenly over the text (its first 16 MiB), in the order of the text
     /// but for those held out, every sixteenth (at least one). No token is added to the text's own.
     pub(crate) fn read(

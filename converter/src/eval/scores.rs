@@ -67,22 +67,45 @@ fn max(row: &[f32]) -> f32 {
 }
 
 fn against(row: &[f32], baseline: &[f32], target: u32) -> RowScore {
-    let (row_max, baseline_max) = (max(row), max(baseline));
-    let (mut row_sum, mut baseline_sum, mut weighted) = (0.0, 0.0, 0.0);
-    for (&x, &b) in row.iter().zip(baseline) {
-        let p = f64::from((b - baseline_max).exp());
-        row_sum += f64::from((x - row_max).exp());
-        baseline_sum += p;
-        weighted += p * f64::from(b - x);
-    }
-    let row_lse = f64::from(row_max) + row_sum.ln();
-    let baseline_lse = f64::from(baseline_max) + baseline_sum.ln();
+    let pair = Pair::new(row, baseline);
     let top = |row: &[f32], max: f32| row.iter().position(|&x| x == max);
-    // Sum of p (ln p - ln q); rounding can leave a trace below zero where the rows are equal.
-    let kl = (weighted / baseline_sum - (baseline_lse - row_lse)).max(0.0);
+    let same_top = top(row, pair.row_max) == top(baseline, pair.baseline_max);
     RowScore {
-        nll: row_lse - f64::from(row[target as usize]),
-        distance: Some(RowDistance { kl, same_top: top(row, row_max) == top(baseline, baseline_max) }),
+        nll: pair.row_lse - f64::from(row[target as usize]),
+        distance: Some(RowDistance { kl: pair.kl, same_top }),
+    }
+}
+
+/// Kullback-Leibler divergence, in nats, from the distribution of the logits `baseline` to that of `row`.
+pub(crate) fn kl_divergence(row: &[f32], baseline: &[f32]) -> f64 {
+    Pair::new(row, baseline).kl
+}
+
+/// Two rows of logits over one vocabulary.
+#[derive(Debug, Clone, Copy)]
+struct Pair {
+    row_max: f32,
+    baseline_max: f32,
+    row_lse: f64,
+    kl: f64,
+}
+
+impl Pair {
+    fn new(row: &[f32], baseline: &[f32]) -> Self {
+        let (row_max, baseline_max) = (max(row), max(baseline));
+        let (mut row_sum, mut baseline_sum, mut weighted) = (0.0, 0.0, 0.0);
+        for (&x, &b) in row.iter().zip(baseline) {
+            let p = f64::from((b - baseline_max).exp());
+            row_sum += f64::from((x - row_max).exp());
+            baseline_sum += p;
+            weighted += p * f64::from(b - x);
+        }
+        let row_lse = f64::from(row_max) + row_sum.ln();
+        let baseline_lse = f64::from(baseline_max) + baseline_sum.ln();
+        // Sum of p (ln p - ln q); rounding can leave a trace below zero where the rows are equal. Not `max`, which
+        // would hide that a logit is no number.
+        let kl = weighted / baseline_sum - (baseline_lse - row_lse);
+        Self { row_max, baseline_max, row_lse, kl: if kl < 0.0 { 0.0 } else { kl } }
     }
 }
 

@@ -28,6 +28,9 @@ impl Report {
         let rows: Vec<_> = self.formats.iter().chain([&self.total]).map(totals_row).collect();
         let header = ["format", "tensors", "bytes before", "bytes after", "ratio", "bits/weight", "SQNR, dB"];
         page.table("Bytes before and after, and the error of what was quantized", &header, &rows);
+        if let Some(mix) = &self.mix {
+            super::mix::show(mix, &mut page);
+        }
         if let Some(calibration) = &self.calibration {
             show_calibration(calibration, &mut page);
         }
@@ -129,10 +132,8 @@ impl<'a> Modules<'a> {
     fn of(tensors: &'a [TensorReport]) -> Self {
         let mut modules = Self { layers: BTreeMap::new(), kinds: Vec::new() };
         for tensor in tensors {
-            let Some((layer, kind)) = layer_and_module(&tensor.name).filter(|_| tensor.shape.len() == 2)
-            else {
-                continue;
-            };
+            let module = tensor.name.strip_suffix(".weight").filter(|_| tensor.shape.len() == 2);
+            let Some((layer, kind)) = module.and_then(layer_and_module) else { continue };
             if !modules.kinds.contains(&kind) {
                 modules.kinds.push(kind);
             }
@@ -205,9 +206,9 @@ impl<'a> Modules<'a> {
     }
 }
 
-/// Layer number and the last part of the module's name of `model.layers.3.mlp.down_proj.weight`.
-fn layer_and_module(tensor: &str) -> Option<(usize, &str)> {
-    let (_, rest) = tensor.strip_suffix(".weight")?.split_once(".layers.")?;
+/// Layer number and the last part of the name of `model.layers.3.mlp.down_proj`.
+pub(super) fn layer_and_module(module: &str) -> Option<(usize, &str)> {
+    let (_, rest) = module.split_once(".layers.")?;
     let (layer, module) = rest.split_once('.')?;
     Some((layer.parse().ok()?, module.rsplit('.').next()?))
 }
@@ -218,8 +219,8 @@ mod tests {
 
     #[test]
     fn layers_and_modules_are_read_from_names() {
-        assert_eq!(layer_and_module("model.layers.12.mlp.down_proj.weight"), Some((12, "down_proj")));
-        assert_eq!(layer_and_module("model.embed_tokens.weight"), None);
-        assert_eq!(layer_and_module("model.layers.0.input_layernorm.bias"), None);
+        assert_eq!(layer_and_module("model.layers.12.mlp.down_proj"), Some((12, "down_proj")));
+        assert_eq!(layer_and_module("model.embed_tokens"), None);
+        assert_eq!(layer_and_module("model.layers.x.input_layernorm"), None);
     }
 }

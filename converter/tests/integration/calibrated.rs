@@ -13,7 +13,7 @@ use kernels::mx::ScaleRounding;
 use crate::common::{files, names, rustdoc_6m};
 
 /// Writes a text to calibrate on, of the kind that the model knows: this project's own sources.
-fn text(dir: &Path) -> PathBuf {
+pub(crate) fn text(dir: &Path) -> PathBuf {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/src/mx");
     let mut paths: Vec<_> = std::fs::read_dir(sources).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();

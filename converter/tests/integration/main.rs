@@ -8,6 +8,7 @@ mod common;
 mod eval;
 mod gguf;
 mod inputs;
+mod mix;
 mod perplexity;
 mod round_trip;
 mod study;
