@@ -81,7 +81,7 @@ fn every_scheme_computes_what_the_cpu_does() {
     if !has_gpu() {
         return;
     }
-    check_schemes(&data("models/rustdoc-6m"), &some_tokens());
+    check_schemes(&data("models/rustdoc-6m"), &some_tokens(), 1.0);
 }
 
 /// As above for the unquantized model in the folder `MX_TEST_MODEL`, on a text of its own making.
@@ -92,11 +92,14 @@ fn every_scheme_of_a_given_model_computes_what_the_cpu_does() {
         return;
     };
     if has_gpu() {
-        check_schemes(&model, &greedy_text(&model, &[1, 504, 3575, 282], 300));
+        // The difference grows with the layers that it goes through.
+        check_schemes(&model, &greedy_text(&model, &[1, 504, 3575, 282], 300), 3.0);
     }
 }
 
-fn check_schemes(model: &Path, tokens: &[u32]) {
+/// Holds every scheme to a bound, `factor` times that of a model of six layers; prints all errors before it fails.
+fn check_schemes(model: &Path, tokens: &[u32], factor: f32) {
+    let mut too_large = Vec::new();
     for scheme in schemes() {
         let quantized = quantize(model, |module| in_a_layer(module).then_some(scheme));
         let errors = compare(quantized.path(), tokens, tokens.len() - 20, KvCacheDtype::Bf16);
@@ -105,8 +108,11 @@ fn check_schemes(model: &Path, tokens: &[u32]) {
         // format has.
         let bits = |cast: Cast| f32::from(cast.format.element.spec().mantissa_bits as u8);
         let bound = scheme.activation.map_or(0.02, |cast| (0.6 * (-bits(cast)).exp2()).max(0.03));
-        assert!(errors.rms <= bound, "{scheme}: {errors:?}");
+        if errors.rms > bound * factor {
+            too_large.push((scheme.to_string(), errors.rms));
+        }
     }
+    assert!(too_large.is_empty(), "{too_large:?}");
 }
 
 /// Keys that lie within a rounding error of the border of two codes may fall to either side of it.
