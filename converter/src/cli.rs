@@ -18,7 +18,7 @@ use converter::mix::{Mix, MixText};
 use converter::plan::Recipe;
 use converter::study::StudyOptions;
 use converter::{Options, default_output};
-use kernels::mx::{ElementRounding, MxFormat, ScaleRounding, Scheme};
+use kernels::mx::{ElementRounding, MxFormat, Rotation, ScaleRounding, Scheme};
 use models::checkpoint::ModulePattern;
 use models::checkpoint::quantization::Dialect;
 
@@ -105,6 +105,11 @@ struct ConvertArgs {
     /// Rule for the shared scales of activations [default: that of --scale-rounding].
     #[arg(long, value_name = "RULE")]
     activation_scale_rounding: Option<ScaleRounding>,
+
+    /// Rotates each block of the weights' rows, and the layers' inputs at run time (by mxserve on a CPU alone; in the
+    /// layout ocp-mx alone): outliers spread over their block.
+    #[arg(long, value_name = "block-hadamard")]
+    rotate: Option<Rotation>,
 
     /// Quantization method [default: gptq with --calibration, nearest without].
     #[arg(long, value_enum)]
@@ -275,6 +280,7 @@ impl Cli {
             weight_scale_rounding: calibration.is_some().then_some(ScaleRounding::Mse),
             scale_rounding: args.scale_rounding,
             activation_scale_rounding: args.activation_scale_rounding,
+            rotation: args.rotate,
             ..recipe
         };
         let output = args.output.unwrap_or_else(|| default_output(&args.model, &format.name));

@@ -113,6 +113,9 @@ pub enum Unexpressed {
 impl std::fmt::Display for Unexpressed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Scheme(scheme) if scheme.rotation.is_some() => {
+                write!(f, "{scheme}: what rotates inputs is declared by ocp-mx alone")
+            }
             Self::Scheme(scheme) => write!(f, "{scheme}"),
             Self::Embeddings => f.write_str("quantized embeddings"),
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
-use kernels::mx::{Cast, ScaleRounding, Scheme};
+use kernels::mx::{Cast, Rotation, ScaleRounding, Scheme};
 use models::checkpoint::quantization::is_embedding;
 use models::checkpoint::{ModulePattern, dense_dtype};
 
@@ -35,6 +35,8 @@ pub struct Recipe {
     pub activation_scale_rounding: Option<ScaleRounding>,
     /// The file that it was read from.
     pub file: Option<PathBuf>,
+    /// How the rows of the decoder layers' modules are rotated before they are quantized.
+    pub rotation: Option<Rotation>,
 }
 
 impl Recipe {
@@ -48,6 +50,15 @@ impl Recipe {
             weight_scale_rounding: None,
             activation_scale_rounding: None,
             file: None,
+            rotation: None,
+        }
+    }
+
+    /// `scheme` with the recipe's scale rules, and its rotation in decoder layers.
+    fn complete(&self, module: &str, scheme: Scheme) -> Scheme {
+        Scheme {
+            rotation: self.rotation.filter(|_| module.starts_with(LAYERS)),
+            ..self.with_rounding(scheme)
         }
     }
 
@@ -61,6 +72,7 @@ impl Recipe {
         Scheme {
             weight: apply(scheme.weight, self.scale_rounding.or(self.weight_scale_rounding)),
             activation: scheme.activation.map(|cast| apply(cast, activation_rule)),
+            rotation: scheme.rotation,
         }
     }
 }
@@ -276,7 +288,7 @@ fn assign(recipe: &Recipe, modules: &[String]) -> Result<BTreeMap<String, Scheme
         let named = recipe.layers.iter().rev().find(|(pattern, _)| pattern.matches(module));
         let scheme = named.map(|(_, scheme)| *scheme).or(is_layer_linear(module).then_some(recipe.scheme));
         if let Some(scheme) = scheme {
-            schemes.insert(module.clone(), recipe.with_rounding(scheme));
+            schemes.insert(module.clone(), recipe.complete(module, scheme));
         }
     }
     Ok(schemes)

@@ -134,7 +134,9 @@ fn upload(backend: &dyn Backend, [rows, cols]: [usize; 2], scheme: Option<Scheme
     let (codes, scales) = (repeat(&codes), repeat(&scales));
     let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
     let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
-    backend.upload(&[WeightSource::Mx { tensor, scale_rounding, activation }], None).expect("memory")
+    backend
+        .upload(&[WeightSource::Mx { tensor, scale_rounding, activation, rotation: None }], None)
+        .expect("memory")
 }
 
 /// Uniform numbers of standard deviation `deviation`.

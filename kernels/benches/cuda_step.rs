@@ -234,7 +234,7 @@ fn upload(
     let (codes, scales) = (repeat(&codes), repeat(&scales));
     let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
     let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
-    let source = [WeightSource::Mx { tensor, scale_rounding, activation }];
+    let source = [WeightSource::Mx { tensor, scale_rounding, activation, rotation: None }];
     let weight = if is_gated { gpu.upload_gated(&source, None) } else { gpu.upload(&source, None) };
     weight.expect("memory")
 }

@@ -59,14 +59,14 @@ fn weight(backend: &dyn Backend, scheme: &str, shape: [usize; 2]) -> Weight {
         let source = WeightSource::Dense { dtype: DenseDtype::Bf16, shape, bytes: &bytes };
         return backend.upload(&[source], None).expect("upload");
     }
-    let Scheme { weight, activation } = scheme.parse().expect("a scheme");
+    let Scheme { weight, activation, rotation } = scheme.parse().expect("a scheme");
     let format = weight.format;
     let mut codes = vec![0; shape[0] * format.code_bytes(shape[1])];
     let mut scales = vec![0; shape[0] * format.scale_bytes(shape[1])];
     quantize_rows(weight, ElementRounding::NearestEven, Values::Bf16(&bytes), 0, &mut codes, &mut scales)
         .expect("finite");
     let tensor = MxTensor::new(format, shape, &codes, &scales).expect("sizes");
-    let source = WeightSource::Mx { tensor, scale_rounding: weight.scale_rounding, activation };
+    let source = WeightSource::Mx { tensor, scale_rounding: weight.scale_rounding, activation, rotation };
     backend.upload(&[source], None).expect("upload")
 }
 

@@ -6,7 +6,7 @@ use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
 use crate::graph::Graph;
 use crate::kv_cache_dtype::KvCacheDtype;
-use crate::mx::{Cast, MxTensor, ScaleRounding, Scheme};
+use crate::mx::{Cast, MxTensor, Rotation, ScaleRounding, Scheme};
 use crate::weight::Weight;
 
 /// Tokens in one block of the paged KV cache.
@@ -23,6 +23,8 @@ pub enum WeightSource<'a> {
         scale_rounding: ScaleRounding,
         /// How the input activations are quantized at run time; `None` leaves them as they are.
         activation: Option<Cast>,
+        /// How the rows were rotated, and the input is at run time.
+        rotation: Option<Rotation>,
     },
     /// Unquantized, little-endian.
     Dense {
@@ -47,8 +49,9 @@ impl WeightSource<'_> {
     /// The declared scheme; `None` for a dense weight.
     pub fn scheme(&self) -> Option<Scheme> {
         match *self {
-            Self::Mx { tensor, scale_rounding, activation } => {
-                Some(Scheme { weight: Cast { format: tensor.format(), scale_rounding }, activation })
+            Self::Mx { tensor, scale_rounding, activation, rotation } => {
+                let weight = Cast { format: tensor.format(), scale_rounding };
+                Some(Scheme { weight, activation, rotation })
             }
             Self::Dense { .. } => None,
         }
@@ -348,8 +351,8 @@ pub trait Backend {
         out: &mut Buffer,
     );
 
-    /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the activation format that the
-    /// weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at `column`.
+    /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the rotation and then the activation
+    /// format that the weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at `column`.
     fn linear(
         &self,
         x: &Buffer,

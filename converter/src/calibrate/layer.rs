@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kernels::Backend;
-use kernels::mx::{Cast, ScaleRounding, Scheme};
+use kernels::mx::{Block, Cast, ScaleRounding, Scheme};
 use models::ModelConfig;
 use models::checkpoint::{LinearTensor, MxLinear};
 use models::staged::{Ends, Parameters, Stage, StagedLayer, Stager, WindowState};
@@ -31,8 +31,8 @@ pub(super) struct Calibrator<'a> {
     pub(super) seen: usize,
     /// All windows.
     pub(super) quantized: Vec<WindowState>,
-    /// The last windows: those that are compared on, or all of them.
-    pub(super) original: Vec<WindowState>,
+    /// All windows; `None` for those that the unquantized model does not run on.
+    pub(super) original: Vec<Option<WindowState>>,
     /// The windows that are compared on.
     pub(super) nearest: Vec<WindowState>,
     pub(super) stager: Stager<'a>,
@@ -46,9 +46,16 @@ struct Module {
     weight: Vec<f32>,
 }
 
-/// Sums of the inputs under one activation format: over the windows to quantize on, and over those to compare on.
+/// What decides which inputs a product sees: the format that they are quantized to, and the blocks that are rotated.
+type InputForm = (Option<Cast>, Option<Block>);
+
+fn input_form(scheme: Scheme) -> InputForm {
+    (scheme.activation, scheme.rotation.map(|_| scheme.weight.format.block))
+}
+
+/// Sums of the inputs in one form: over the windows to quantize on, and over those to compare on.
 struct StageSums<T> {
-    activation: Option<Cast>,
+    scheme: Scheme,
     seen: T,
     held_out: T,
 }
@@ -71,12 +78,12 @@ impl Calibrator<'_> {
         for state in &mut self.quantized {
             self.stager.begin(&layer, state);
         }
-        for state in &mut self.original {
+        for state in self.original.iter_mut().flatten() {
             self.stager.begin(&original, state);
         }
         for stage in Stage::ALL {
             if stored.is_some() {
-                self.original.iter_mut().for_each(|state| self.stager.advance(&original, stage, state));
+                self.advance_original(&original, stage);
             } else {
                 self.stage(index, stage, &original, &mut parameters, &mut result)?;
                 layer
@@ -87,6 +94,10 @@ impl Calibrator<'_> {
         }
         self.nearest_layer(index, dense)?;
         Ok(result)
+    }
+
+    fn advance_original(&mut self, original: &StagedLayer, stage: Stage) {
+        self.original.iter_mut().flatten().for_each(|state| self.stager.advance(original, stage, state));
     }
 
     fn load(&self, parameters: &Parameters, index: usize) -> Result<StagedLayer, CalibrationError> {
@@ -127,11 +138,11 @@ impl Calibrator<'_> {
             .filter_map(|(name, rows)| {
                 let scheme = *self.schemes.get(name.as_str())?;
                 let LinearTensor::Dense(dense) = parameters.linears.get(&name)? else { return None };
-                Some(Module { weight: dense.to_f32(), name, rows, scheme })
+                Some(Module { weight: streams::rotated(dense, scheme), name, rows, scheme })
             })
             .collect();
         let Some(first) = modules.first() else {
-            self.original.iter_mut().for_each(|state| self.stager.advance(original, stage, state));
+            self.advance_original(original, stage);
             return Ok(());
         };
         let sums = self.sums(stage, cols, original, &modules);
@@ -142,8 +153,8 @@ impl Calibrator<'_> {
         let (mut direct, mut calibrated) = (OutputError::default(), OutputError::default());
         let mut candidates = Vec::with_capacity(modules.len());
         for module in &modules {
-            let sums = sums.iter().find(|sums| sums.activation == module.scheme.activation);
-            let sums = sums.expect("every activation format has sums");
+            let sums = sums.iter().find(|sums| input_form(sums.scheme) == input_form(module.scheme));
+            let sums = sums.expect("every form of inputs has sums");
             let nearest = Quantized::nearest(&module.weight, cols, nearest_cast(module.scheme.weight));
             let method = self.quantize(module, cols, &sums.seen);
             direct = direct.plus(sums.held_out.error(&module.weight, &nearest.dequantize()));
@@ -198,18 +209,15 @@ impl Calibrator<'_> {
     ) -> Vec<StageSums<Finished>> {
         let corrects = self.job.calibration.drift_correction > 0.0;
         let mut all: Vec<StageSums<Sums>> = Vec::new();
-        for activation in modules.iter().map(|module| module.scheme.activation) {
-            if !all.iter().any(|sums| sums.activation == activation) {
+        for scheme in modules.iter().map(|module| module.scheme) {
+            if !all.iter().any(|sums| input_form(sums.scheme) == input_form(scheme)) {
                 let new = |measured: bool| Sums::new(cols, corrects, measured);
-                all.push(StageSums { activation, seen: new(false), held_out: new(true) });
+                all.push(StageSums { scheme, seen: new(false), held_out: new(true) });
             }
         }
-        let first_original = self.quantized.len() - self.original.len();
-        for (window, state) in self.quantized.iter().enumerate() {
-            let wanted =
-                if window < first_original { None } else { self.original.get_mut(window - first_original) };
+        for (window, (state, wanted)) in self.quantized.iter().zip(&mut self.original).enumerate() {
             for sums in &mut all {
-                let inputs = Inputs::new(&state.input, cols, sums.activation);
+                let inputs = Inputs::new(&state.input, cols, Some(sums.scheme));
                 let sums = if window < self.seen { &mut sums.seen } else { &mut sums.held_out };
                 sums.add(&inputs, wanted.as_ref().map(|wanted| &*wanted.input));
             }
@@ -219,7 +227,7 @@ impl Calibrator<'_> {
         }
         all.into_iter()
             .map(|sums| StageSums {
-                activation: sums.activation,
+                scheme: sums.scheme,
                 seen: sums.seen.finish(),
                 held_out: sums.held_out.finish(),
             })
@@ -241,16 +249,15 @@ impl Calibrator<'_> {
     pub(super) fn perplexity(&mut self, ends: &Ends, windows: &CalibrationWindows) -> HeldOutPerplexity {
         let tokens = &windows.tokens[windows.seen()..];
         let stager = &mut self.stager;
-        let mut of = |states: &[WindowState]| {
-            let last = &states[states.len() - tokens.len()..];
+        let mut of = |states: &mut dyn Iterator<Item = &WindowState>| {
             let nll: f64 =
-                tokens.iter().zip(last).map(|(window, state)| stager.nll(ends, window, state)).sum();
+                tokens.iter().zip(states).map(|(window, state)| stager.nll(ends, window, state)).sum();
             (nll / tokens.iter().map(|window| window.len() - 1).sum::<usize>() as f64).exp()
         };
         HeldOutPerplexity {
-            unquantized: of(&self.original),
-            nearest: of(&self.nearest),
-            calibrated: of(&self.quantized),
+            unquantized: of(&mut self.original[windows.seen()..].iter().flatten()),
+            nearest: of(&mut self.nearest.iter()),
+            calibrated: of(&mut self.quantized[windows.seen()..].iter()),
         }
     }
 }

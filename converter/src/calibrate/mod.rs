@@ -36,6 +36,9 @@ use crate::progress::Progress;
 use crate::quantize::CalibratedMethod;
 use crate::source::Source;
 
+/// Windows that drift is seen on, at most: more of them take time, and show the same.
+const DRIFT_WINDOWS: usize = 64;
+
 /// How to calibrate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Calibration {
@@ -137,7 +140,7 @@ impl Job<'_> {
             config: &config,
             schemes: layout::schemes(self.plan),
             seen: windows.seen(),
-            original: states[self.first_original(&windows)..].to_vec(),
+            original: self.originals(&states, windows.seen()),
             nearest: states[windows.seen()..].to_vec(),
             quantized: states,
             stager,
@@ -172,9 +175,14 @@ impl Job<'_> {
         Ok((CalibratedModules::open(store, config.num_layers)?, report))
     }
 
-    /// Index of the first window that the unquantized model runs on, too.
-    fn first_original(&self, windows: &CalibrationWindows) -> usize {
-        if self.calibration.drift_correction == 0.0 { windows.seen() } else { 0 }
+    /// The windows that the unquantized model runs on, too: those held out, and where drift is corrected some of those
+    /// `seen`, as many as are spread evenly.
+    fn originals(&self, states: &[WindowState], seen: usize) -> Vec<Option<WindowState>> {
+        let step = seen.div_ceil(DRIFT_WINDOWS).max(1);
+        let shows_drift =
+            |window: usize| self.calibration.drift_correction > 0.0 && window.is_multiple_of(step);
+        let runs = |window: usize| window >= seen || shows_drift(window);
+        states.iter().enumerate().map(|(window, state)| runs(window).then(|| state.clone())).collect()
     }
 
     fn windows(&self, config: &ModelConfig) -> Result<CalibrationWindows, CalibrationError> {

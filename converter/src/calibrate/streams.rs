@@ -24,6 +24,13 @@ pub(crate) fn end_parameters(source: &Source) -> Result<Parameters, ConvertError
     read(source, |tensor| !tensor.name.starts_with(LAYERS))
 }
 
+/// The weight, rotated as its input will be.
+pub(super) fn rotated(dense: &DenseTensor, scheme: Scheme) -> Vec<f32> {
+    let mut weight = dense.to_f32();
+    scheme.rotate(&mut weight);
+    weight
+}
+
 /// Casts the modules that have one of `schemes` directly.
 pub(crate) fn cast_directly(parameters: &mut Parameters, schemes: &BTreeMap<&str, Scheme>) {
     for (name, tensor) in &mut parameters.linears {
@@ -31,7 +38,7 @@ pub(crate) fn cast_directly(parameters: &mut Parameters, schemes: &BTreeMap<&str
             continue;
         };
         let shape = tensor.shape();
-        let quantized = Quantized::nearest(&dense.to_f32(), shape[1], nearest_cast(scheme.weight));
+        let quantized = Quantized::nearest(&rotated(dense, scheme), shape[1], nearest_cast(scheme.weight));
         let mx = MxLinear::new(scheme, shape, quantized.packed_codes(), quantized.scale_bytes());
         *tensor = LinearTensor::Mx(mx.expect("a quantized weight has the size of its format"));
     }

@@ -23,7 +23,7 @@ pub(super) fn format(name: &str) -> Result<Format, String> {
     let scheme = |name: &str| name.parse::<Scheme>().map_err(|e| format!("{e}"));
     let any = Cast::from(MxFormat::new(ElementType::E2m1));
     let (is_mix, scheme) = match name.split_once(':') {
-        None if name == "auto" => (true, Scheme { weight: any, activation: None }),
+        None if name == "auto" => (true, Scheme { weight: any, activation: None, rotation: None }),
         Some(("auto", activation)) => (true, scheme(&format!("mxfp4:{activation}"))?),
         _ => (false, scheme(name)?),
     };

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 use kernels::DenseDtype;
-use kernels::mx::{Cast, Energy, Values};
-use models::checkpoint::dense_dtype;
+use kernels::mx::{Energy, Scheme, Values};
+use models::checkpoint::{dense_dtype, to_f32};
 use safetensors::Dtype;
 
 use super::job::Job;
@@ -36,7 +36,7 @@ impl Job<'_> {
         self.source.read(planned.source, range, &mut s.values)?;
         let energy = match (planned.action, self.output.targets[tensor]) {
             (Action::Quantize(scheme), Target::Mx { codes, scales }) => {
-                let first_index = self.quantize(planned.source, &planned.name, scheme.weight, range, s)?;
+                let first_index = self.quantize(planned.source, &planned.name, scheme, range, s)?;
                 let format = scheme.weight.format;
                 let bits = u64::from(format.element.spec().bits);
                 self.sink.write(codes, first_index.index * bits / 8, &s.codes)?;
@@ -73,19 +73,31 @@ impl Job<'_> {
         &self,
         source: usize,
         name: &str,
-        cast: Cast,
+        scheme: Scheme,
         range: &Range<u64>,
         s: &mut Scratch,
     ) -> Result<Quantized, ConvertError> {
+        let cast = scheme.weight;
         let tensor = &self.source.tensors()[source];
         let dtype = dense_dtype(tensor.dtype).expect("the plan quantizes BF16, F16 and F32 only");
+        let first_index = range.start / dtype.size_bytes() as u64;
+        let elements = s.values.len() / dtype.size_bytes();
+        let dtype = if scheme.rotation.is_some() {
+            // Before one NaN makes a whole block NaN.
+            self.check_finite(source, tensor.dtype, first_index, &s.values)?;
+            let mut rows = to_f32(dtype, &s.values);
+            scheme.rotate(&mut rows);
+            s.values.clear();
+            s.values.extend(rows.iter().flat_map(|value| value.to_le_bytes()));
+            DenseDtype::F32
+        } else {
+            dtype
+        };
         let values = match dtype {
             DenseDtype::Bf16 => Values::Bf16(&s.values),
             DenseDtype::F16 => Values::F16(&s.values),
             DenseDtype::F32 => Values::F32(&s.values),
         };
-        let first_index = range.start / dtype.size_bytes() as u64;
-        let elements = s.values.len() / dtype.size_bytes();
         s.codes.resize(cast.format.code_bytes(elements), 0);
         s.scales.resize(cast.format.scale_bytes(elements), 0);
         let rows = Rows { tensor: name, values, first_index };

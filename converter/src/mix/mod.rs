@@ -74,7 +74,7 @@ impl Mix {
     pub fn default_formats(layout: Option<Dialect>, activation: Option<Cast>) -> Vec<MxFormat> {
         let formats = DEFAULT_FORMATS.iter().map(|name| name.parse().expect("is a format"));
         let fits = |format: &MxFormat| {
-            let scheme = Scheme { weight: Cast::from(*format), activation };
+            let scheme = Scheme { weight: Cast::from(*format), activation, rotation: None };
             layout.is_none_or(|layout| layout.expresses(scheme))
         };
         formats.filter(fits).collect()
@@ -167,7 +167,7 @@ impl Job<'_> {
 
     /// `format` for weights, with the recipe's activations.
     fn scheme(&self, format: MxFormat) -> Scheme {
-        Scheme { weight: Cast::from(format), activation: self.recipe.scheme.activation }
+        Scheme { weight: Cast::from(format), activation: self.recipe.scheme.activation, rotation: None }
     }
 
     /// The recipe with `formats` for `groups`.

@@ -171,7 +171,7 @@ impl Pass<'_> {
             let Some(LinearTensor::Dense(dense)) = parameters.linears.get(module) else { continue };
             let shape = [dense.shape[0], dense.shape[1]];
             let quantized = Quantized::nearest(&dense.to_f32(), shape[1], cast);
-            let scheme = Scheme { weight: cast, activation: None };
+            let scheme = Scheme { weight: cast, activation: None, rotation: None };
             let mx = MxLinear::new(scheme, shape, quantized.packed_codes(), quantized.scale_bytes());
             let mx = LinearTensor::Mx(mx.expect("a quantized weight has the size of its format"));
             originals

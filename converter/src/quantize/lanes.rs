@@ -19,7 +19,8 @@ pub(super) fn transpose(rows: &[f32], cols: usize) -> Vec<Lane> {
 }
 
 /// `sum_s coefficients[s] * values[s]`, lane by lane.
-#[inline]
+// Inlined into a loop over columns, its sums are not kept in vector registers: ten times slower.
+#[inline(never)]
 pub(super) fn weighted_sum(coefficients: &[f32], values: &[Lane]) -> Lane {
     // Four chains of additions: one would wait for itself.
     let mut sums = [[0.0; LANES]; 4];

@@ -10,5 +10,6 @@ mod gguf;
 mod inputs;
 mod mix;
 mod perplexity;
+mod rotation;
 mod round_trip;
 mod study;

@@ -28,12 +28,12 @@ fn reference(weight: Option<&str>, activation: Option<&str>, rounding: Option<&s
     row.unwrap().clone()
 }
 
-fn windows() -> Windows {
+pub(crate) fn windows() -> Windows {
     let tokenizer = TextTokenizer::open(&rustdoc_6m()).unwrap();
     Windows::read(&tokenizer, &rustdoc_6m().join("heldout.txt"), WINDOWS, WINDOW).unwrap()
 }
 
-fn measure(folder: &Path, windows: &Windows) -> Perplexity {
+pub(crate) fn measure(folder: &Path, windows: &Windows) -> Perplexity {
     let threads = NonZeroUsize::new(2).unwrap();
     let backend = kernels::open(Device::Cpu { threads: threads.get() }).unwrap();
     let model = models::load(&*backend, &Checkpoint::open(folder).unwrap()).unwrap();

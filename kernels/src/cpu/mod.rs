@@ -18,9 +18,9 @@ use std::sync::Arc;
 
 use self::arena::Arena;
 use self::attention::{AttentionScratch, CacheWriter, KvLayout, PairIsa};
-use self::linear::{IntegerCodec, LinearScratch, OutColumns, Product, linear};
+use self::linear::{IntegerCodec, LinearScratch, OutColumns, Product, linear, rotate};
 pub(crate) use self::memory::AlignedBytes;
-use self::memory::zeros;
+use self::memory::{Scratch, zeros};
 use self::packed::PackError;
 pub(crate) use self::packed::PackedWeight;
 pub use self::plain_read::PlainRead;
@@ -52,6 +52,8 @@ pub(crate) struct CpuBackend {
 struct State {
     pool: Pool,
     linear: LinearScratch,
+    /// Rotated activations.
+    rotated: Scratch,
     /// Where weights are.
     arena: Arena,
     attention: AttentionScratch,
@@ -71,6 +73,7 @@ impl CpuBackend {
         let pool = Pool::new(threads);
         let state = RefCell::new(State {
             linear: LinearScratch::new(&memory),
+            rotated: Scratch::new(&memory),
             arena: Arena::default(),
             attention: AttentionScratch::new(&memory),
             samplers: (0..pool.threads()).map(|_| Sampler::default()).collect(),
@@ -345,12 +348,16 @@ impl Backend for CpuBackend {
         out_width: usize,
         column: usize,
     ) {
-        let State { pool, linear: scratch, .. } = &mut *self.state.borrow_mut();
+        let State { pool, linear: scratch, rotated, .. } = &mut *self.state.borrow_mut();
+        let x = match weight.scheme.filter(|scheme| scheme.rotation.is_some()) {
+            Some(scheme) => rotate(pool, rotated, scheme, floats(x), rows, weight.shape[1]),
+            None => floats(x),
+        };
         let product = Product {
             weight: packed(weight),
             bias: weight.bias.as_deref(),
             activation: weight.scheme.and_then(|s| s.activation),
-            x: floats(x),
+            x,
             tokens: rows,
             columns: OutColumns { width: out_width, column },
         };

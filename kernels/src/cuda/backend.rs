@@ -99,6 +99,9 @@ impl CudaBackend {
         let rows = parts.iter().map(|part| part.shape()[0]).sum();
         assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
         let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
+        if let Some(rotation) = scheme.and_then(|scheme| scheme.rotation) {
+            return Err(self.unsupported(format!("a weight whose input is rotated ({rotation})")));
+        }
         let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
         if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
             let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::ScaleRounding;
+use super::{Rotation, ScaleRounding};
 
 /// What defines an element type (OCP MX v1.0, section 5.3; the experimental rows are ours).
 ///
@@ -246,6 +246,17 @@ pub struct Scheme {
     pub weight: Cast,
     /// The input activations.
     pub activation: Option<Cast>,
+    /// How the weight's rows were rotated, and the input is at run time, before it is quantized.
+    pub rotation: Option<Rotation>,
+}
+
+impl Scheme {
+    /// Does to inputs `[_, K]`, in place, what the rotation says; to rows of a weight likewise.
+    pub fn rotate(&self, values: &mut [f32]) {
+        if let Some(rotation) = self.rotation {
+            rotation.apply(self.weight.format.block, values);
+        }
+    }
 }
 
 impl FromStr for Scheme {
@@ -274,15 +285,18 @@ impl FromStr for Scheme {
                         mxfp6 (= mxfp6_e2m3), mxfp6_e3m2, mxfp4, mxint4, mxfp4_e3m0, and w4a4, w4a6, w4a8, w6a6, w6a8, w8a8",
             })
         };
-        Ok(Self { weight: format(weight)?, activation: activation.map(format).transpose()? })
+        Ok(Self { weight: format(weight)?, activation: activation.map(format).transpose()?, rotation: None })
     }
 }
 
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.weight.format)?;
-        match self.activation {
-            Some(a) => write!(f, ":{}", a.format),
+        if let Some(activation) = self.activation {
+            write!(f, ":{}", activation.format)?;
+        }
+        match self.rotation {
+            Some(rotation) => write!(f, " {rotation}"),
             None => Ok(()),
         }
     }

@@ -9,6 +9,7 @@ mod load;
 mod pack;
 mod quantize;
 mod random;
+mod rotation;
 mod scale;
 mod tensor;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub use pack::{pack, unpack};
 pub use quantize::{
     ElementRounding, Energy, NonFinite, Values, quantize_block, quantize_dequantize, quantize_rows,
 };
+pub use rotation::Rotation;
 pub(crate) use scale::SharedExponent;
 pub use scale::{E8m0, ScaleRounding};
 pub use tensor::{MxTensor, MxTensorError};

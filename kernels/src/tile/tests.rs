@@ -49,7 +49,7 @@ fn pack_all(parts: &[WeightSource<'_>], order: RowOrder) -> Packed {
 }
 
 fn mx(tensor: MxTensor<'_>) -> WeightSource<'_> {
-    WeightSource::Mx { tensor, scale_rounding: ScaleRounding::Floor, activation: None }
+    WeightSource::Mx { tensor, scale_rounding: ScaleRounding::Floor, activation: None, rotation: None }
 }
 
 fn packed_codes(element: ElementType, codes: &[u8]) -> Vec<u8> {

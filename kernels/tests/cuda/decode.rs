@@ -68,6 +68,7 @@ impl Rows {
                 tensor: MxTensor::new(format, self.shape, &self.codes, &self.scales).unwrap(),
                 scale_rounding: ScaleRounding::Even,
                 activation,
+                rotation: None,
             },
             None => WeightSource::Dense { dtype: DenseDtype::Bf16, shape: self.shape, bytes: &self.codes },
         }

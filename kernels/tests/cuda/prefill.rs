@@ -67,7 +67,12 @@ impl Matrix {
     }
 
     pub(crate) fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
-        WeightSource::Mx { tensor: self.tensor(), scale_rounding: ScaleRounding::Even, activation }
+        WeightSource::Mx {
+            tensor: self.tensor(),
+            scale_rounding: ScaleRounding::Even,
+            activation,
+            rotation: None,
+        }
     }
 }
 

@@ -26,7 +26,7 @@ pub use record::{
     ConversionRecord, RECORD_FILE, RecordedCast, RecordedRounding, RecordedScheme, RecordedSource,
 };
 pub use shards::{INDEX_FILE, SINGLE_FILE, TensorInfo};
-pub use tensor::{DenseTensor, LinearTensor, MxLinear};
+pub use tensor::{DenseTensor, LinearTensor, MxLinear, to_f32};
 
 use record::RecordedSchemes;
 use shards::ShardSet;

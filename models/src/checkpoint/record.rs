@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use kernels::mx::{Cast, Scheme};
+use kernels::mx::{Cast, Scheme, UnknownName};
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
@@ -60,6 +60,9 @@ pub struct RecordedScheme {
     pub weight: RecordedCast,
     /// The input activations; `None` leaves them as they are.
     pub activation: Option<RecordedCast>,
+    /// How rows were rotated, and the input is at run time: `block-hadamard`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<String>,
 }
 
 /// A format and its scale rule, by name.
@@ -79,7 +82,26 @@ impl From<Cast> for RecordedCast {
 
 impl From<Scheme> for RecordedScheme {
     fn from(scheme: Scheme) -> Self {
-        Self { weight: scheme.weight.into(), activation: scheme.activation.map(RecordedCast::from) }
+        Self {
+            weight: scheme.weight.into(),
+            activation: scheme.activation.map(RecordedCast::from),
+            rotation: scheme.rotation.map(|rotation| rotation.name().to_owned()),
+        }
+    }
+}
+
+impl RecordedScheme {
+    fn parse(&self) -> Result<Scheme, String> {
+        Ok(Scheme {
+            weight: self.weight.parse()?,
+            activation: self.activation.as_ref().map(RecordedCast::parse).transpose()?,
+            rotation: self
+                .rotation
+                .as_deref()
+                .map(str::parse)
+                .transpose()
+                .map_err(|e: UnknownName| e.to_string())?,
+        })
     }
 }
 
@@ -114,16 +136,12 @@ impl RecordedSchemes {
             .map_err(|error| CheckpointError::Json { path: path.clone(), error })?;
         let mut schemes = BTreeMap::new();
         for (module, recorded) in record.layers {
-            let parse = |cast: &RecordedCast| {
-                cast.parse().map_err(|reason| CheckpointError::Quantization {
-                    path: path.clone(),
-                    field: format!("layers.{module}"),
-                    reason,
-                })
-            };
-            let weight = parse(&recorded.weight)?;
-            let activation = recorded.activation.as_ref().map(parse).transpose()?;
-            schemes.insert(module, Scheme { weight, activation });
+            let scheme = recorded.parse().map_err(|reason| CheckpointError::Quantization {
+                path: path.clone(),
+                field: format!("layers.{module}"),
+                reason,
+            })?;
+            schemes.insert(module, scheme);
         }
         Ok(Self(schemes))
     }
@@ -136,7 +154,8 @@ impl RecordedSchemes {
         declared: Scheme,
     ) -> Result<Scheme, CheckpointError> {
         let Some(&recorded) = self.0.get(module) else { return Ok(declared) };
-        let formats = |scheme: Scheme| (scheme.weight.format, scheme.activation.map(|a| a.format));
+        let formats =
+            |scheme: Scheme| (scheme.weight.format, scheme.activation.map(|a| a.format), scheme.rotation);
         if formats(recorded) == formats(declared) {
             return Ok(recorded);
         }

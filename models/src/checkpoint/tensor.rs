@@ -20,13 +20,18 @@ pub struct DenseTensor {
 impl DenseTensor {
     /// The elements as F32 (exact for every dtype).
     pub fn to_f32(&self) -> Vec<f32> {
-        let pairs = || self.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        match self.dtype {
-            DenseDtype::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
-            DenseDtype::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
-            DenseDtype::F32 => {
-                self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
+        to_f32(self.dtype, &self.bytes)
+    }
+}
+
+/// Little-endian elements as F32 (exact for every dtype).
+pub fn to_f32(dtype: DenseDtype, bytes: &[u8]) -> Vec<f32> {
+    let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    match dtype {
+        DenseDtype::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
+        DenseDtype::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
+        DenseDtype::F32 => {
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
         }
     }
 }
@@ -103,6 +108,7 @@ impl LinearTensor {
                 tensor: tensor.tensor(),
                 scale_rounding: tensor.scheme.weight.scale_rounding,
                 activation: tensor.scheme.activation,
+                rotation: tensor.scheme.rotation,
             },
         }
     }

@@ -28,7 +28,8 @@ fn has_gpu() -> bool {
 /// Weights in every format, and with every format that activations are declared in.
 fn schemes() -> Vec<Scheme> {
     let cast = |element| Cast::from(MxFormat::new(element));
-    let weight_only = ElementType::ALL.map(|element| Scheme { weight: cast(element), activation: None });
+    let weight_only =
+        ElementType::ALL.map(|element| Scheme { weight: cast(element), activation: None, rotation: None });
     let both = [
         (ElementType::Int8, ElementType::Int8),
         (ElementType::E4m3, ElementType::E4m3),
@@ -40,7 +41,7 @@ fn schemes() -> Vec<Scheme> {
         (ElementType::E2m1, ElementType::E2m1),
         (ElementType::E2m1, ElementType::Int8),
     ];
-    let both = both.map(|(w, a)| Scheme { weight: cast(w), activation: Some(cast(a)) });
+    let both = both.map(|(w, a)| Scheme { weight: cast(w), activation: Some(cast(a)), rotation: None });
     weight_only.into_iter().chain(both).collect()
 }
 

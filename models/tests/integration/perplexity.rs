@@ -66,6 +66,7 @@ impl Reference {
         Some(Scheme {
             weight: self.weight.as_ref().map(cast)?,
             activation: self.activation.as_ref().map(cast),
+            rotation: None,
         })
     }
 }

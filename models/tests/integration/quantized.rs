@@ -133,7 +133,7 @@ fn check(case: &str, scheme: impl Fn(&str) -> Option<Scheme>) -> Vec<LinearInfo>
 }
 
 fn weight_only(element: ElementType) -> Scheme {
-    Scheme { weight: MxFormat::new(element).into(), activation: None }
+    Scheme { weight: MxFormat::new(element).into(), activation: None, rotation: None }
 }
 
 #[test]

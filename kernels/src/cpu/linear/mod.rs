@@ -20,6 +20,7 @@ mod codec;
 mod float;
 mod image;
 mod integer;
+mod rotation;
 mod tile;
 
 use std::ops::Range;
@@ -29,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) use self::codec::IntegerCodec;
 use self::image::{PLANE_WORDS, QuantizeTile, Quantizer, Rows};
 use self::integer::Panels;
+pub(crate) use self::rotation::rotate;
 use super::memory::{Line, Scratch};
 use super::packed::{BLOCK, PackedWeight};
 use super::pool::{DisjointSlices, Pool};

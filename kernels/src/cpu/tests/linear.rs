@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backend::DenseDtype;
-use crate::mx::{ElementRounding, Values, quantize_dequantize, quantize_rows};
+use crate::mx::{Block, ElementRounding, Rotation, Values, quantize_dequantize, quantize_rows};
 
 #[test]
 fn linear_equals_its_definition_for_every_format_and_number_of_rows() {
@@ -27,6 +27,35 @@ fn linear_equals_its_definition_for_every_format_and_number_of_rows() {
                     backend.linear(&upload_f32(&backend, &x), rows, &w, &mut out, shape[0], 0);
                     assert_bits(&read(&backend, &out), &expected, &what);
                 }
+            }
+        }
+    }
+}
+
+/// A rotated weight's product is that of the rotated input, with its activation format applied after.
+#[test]
+fn inputs_are_rotated_before_they_are_quantized() {
+    let shape = [35, 96];
+    let weight = TestWeight::random(MxFormat::new(ElementType::E2m1), shape, 1);
+    for activation in [None, Some(Cast::from(MxFormat::new(ElementType::E4m3)))] {
+        let WeightSource::Mx { tensor, scale_rounding, .. } = weight.source(activation) else {
+            unreachable!("a test weight is MX")
+        };
+        let rotation = Some(Rotation::BlockHadamard);
+        let rotated = WeightSource::Mx { tensor, scale_rounding, activation, rotation };
+        for rows in [1, 5, 200] {
+            let x = Random(8).vec(rows * shape[1]);
+            let mut turned = x.clone();
+            Rotation::BlockHadamard.apply(Block::OCP, &mut turned);
+            for backend in backends() {
+                let product = |source: WeightSource<'_>, x: &[f32]| {
+                    let w = backend.upload(&[source], None).unwrap();
+                    let mut out = poison(&backend, rows * shape[0]);
+                    backend.linear(&upload_f32(&backend, x), rows, &w, &mut out, shape[0], 0);
+                    read(&backend, &out)
+                };
+                let what = format!("{activation:?} x {rows} on {}", backend.description());
+                assert_bits(&product(rotated, &x), &product(weight.source(activation), &turned), &what);
             }
         }
     }

@@ -108,7 +108,12 @@ impl TestWeight {
     }
 
     fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
-        WeightSource::Mx { tensor: self.tensor(), scale_rounding: ScaleRounding::Floor, activation }
+        WeightSource::Mx {
+            tensor: self.tensor(),
+            scale_rounding: ScaleRounding::Floor,
+            activation,
+            rotation: None,
+        }
     }
 
     /// How its products are summed.

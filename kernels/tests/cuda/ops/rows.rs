@@ -44,7 +44,7 @@ fn embed_reads_every_format() {
             let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("a whole tensor");
             let scale_rounding = cast.scale_rounding;
             check(
-                WeightSource::Mx { tensor, scale_rounding, activation: None },
+                WeightSource::Mx { tensor, scale_rounding, activation: None, rotation: None },
                 &format!("{format} [{rows}, {cols}]"),
             );
         }

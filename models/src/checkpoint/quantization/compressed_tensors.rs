@@ -144,7 +144,7 @@ fn group_scheme(group: &Group, top_format: Option<&str>) -> Result<Scheme, Refus
         .as_ref()
         .map(|args| args_cast("input_activations", args, true))
         .transpose()?;
-    Ok(Scheme { weight, activation })
+    Ok(Scheme { weight, activation, rotation: None })
 }
 
 /// The MX cast that quantization arguments declare; anything else is refused by what it is.

@@ -212,13 +212,16 @@ impl Dialect {
         }
     }
 
-    /// Whether the dialect has a place for the formats of `scheme`.
+    /// Whether the dialect has a place for the formats and the rotation of `scheme`.
     pub fn expresses(self, scheme: Scheme) -> bool {
         let knows = |element| match self {
             Self::CompressedTensors => compressed_tensors::format_name(element).is_some(),
             Self::Quark => quark::knows(element),
             Self::OcpMx => true,
         };
+        if scheme.rotation.is_some() && self != Self::OcpMx {
+            return false;
+        }
         let ocp_block = |cast: &kernels::mx::Cast| cast.format.block == kernels::mx::Block::OCP;
         [Some(scheme.weight), scheme.activation]
             .iter()

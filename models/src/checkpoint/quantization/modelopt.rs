@@ -53,7 +53,7 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
     Ok(Quantization {
         dialect: Some("modelopt"),
         rules: rules("exclude_modules", patterns, None)?,
-        default: Some(Scheme { weight: mxfp8, activation: Some(mxfp8) }),
+        default: Some(Scheme { weight: mxfp8, activation: Some(mxfp8), rotation: None }),
     })
 }
 

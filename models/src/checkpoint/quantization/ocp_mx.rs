@@ -4,8 +4,11 @@
 //! `{"quant_method": "ocp-mx", "version": 1, "weight": CAST, "input_tensors": CAST | null,
 //! "layers": {GLOB: {"weight": CAST | null, "input_tensors": CAST | null}}, "exclude": [PATTERN]}` with CAST =
 //! `{"dtype": "int8", "group_size": 32, "axis": 1, "scale_format": "e8m0", "scale_calculation_mode": "floor"}`.
+//! `"rotation": "block-hadamard"` beside a `weight` says that its rows were rotated, block by block, and that the input
+//! is to be rotated likewise before it is quantized or used: the Hadamard matrix of the weight's `group_size`,
+//! in Sylvester's order, divided by the square root of it.
 
-use kernels::mx::{Block, Cast, ScaleRounding, Scheme};
+use kernels::mx::{Block, Cast, ScaleRounding, Scheme, UnknownName};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -24,6 +27,7 @@ struct Config {
     version: u64,
     weight: Option<CastJson>,
     input_tensors: Option<CastJson>,
+    rotation: Option<String>,
     #[serde(default)]
     layers: Map<String, Value>,
     #[serde(default)]
@@ -35,6 +39,8 @@ struct Config {
 struct LayerJson {
     weight: Option<CastJson>,
     input_tensors: Option<CastJson>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rotation: Option<String>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -61,7 +67,34 @@ impl From<Cast> for CastJson {
 
 impl From<Scheme> for LayerJson {
     fn from(scheme: Scheme) -> Self {
-        Self { weight: Some(scheme.weight.into()), input_tensors: scheme.activation.map(CastJson::from) }
+        Self {
+            weight: Some(scheme.weight.into()),
+            input_tensors: scheme.activation.map(CastJson::from),
+            rotation: scheme.rotation.map(|rotation| rotation.name().to_owned()),
+        }
+    }
+}
+
+impl LayerJson {
+    /// `None`: unquantized.
+    fn scheme(&self) -> Result<Option<Scheme>, Refusal> {
+        let cast = |field: &str, json: &CastJson| json.cast().map_err(|refusal| refusal.within(field));
+        let Some(weight) = &self.weight else {
+            let of_input =
+                [("input_tensors", self.input_tensors.is_some()), ("rotation", self.rotation.is_some())];
+            return match of_input.into_iter().find(|(_, is_given)| *is_given) {
+                None => Ok(None),
+                Some((field, _)) => {
+                    Err(Refusal::new(field, "for the input of an unquantized weight is not supported"))
+                }
+            };
+        };
+        let rotation = self.rotation.as_deref().map(str::parse).transpose();
+        Ok(Some(Scheme {
+            weight: cast("weight", weight)?,
+            activation: self.input_tensors.as_ref().map(|input| cast("input_tensors", input)).transpose()?,
+            rotation: rotation.map_err(|error: UnknownName| Refusal::new("rotation", error.to_string()))?,
+        }))
     }
 }
 
@@ -96,29 +129,12 @@ pub(super) fn read(declared: &Value) -> Result<Quantization, Refusal> {
     for (pattern, layer) in config.layers {
         let field = format!("layers.{pattern}");
         let layer: LayerJson = parse(&field, &layer)?;
-        let scheme =
-            scheme(layer.weight.as_ref(), layer.input_tensors.as_ref()).map_err(|r| r.within(&field))?;
+        let scheme = layer.scheme().map_err(|refusal| refusal.within(&field))?;
         list.extend(rules(&field, [pattern], scheme)?);
     }
-    let default = scheme(config.weight.as_ref(), config.input_tensors.as_ref())?;
+    let Config { weight, input_tensors, rotation, .. } = config;
+    let default = LayerJson { weight, input_tensors, rotation }.scheme()?;
     Ok(Quantization { dialect: Some(METHOD), rules: list, default })
-}
-
-fn scheme(weight: Option<&CastJson>, input: Option<&CastJson>) -> Result<Option<Scheme>, Refusal> {
-    let cast = |field: &str, json: &CastJson| json.cast().map_err(|refusal| refusal.within(field));
-    let Some(weight) = weight else {
-        return match input {
-            None => Ok(None),
-            Some(_) => Err(Refusal::new(
-                "input_tensors",
-                "a quantized input of an unquantized weight is not supported",
-            )),
-        };
-    };
-    Ok(Some(Scheme {
-        weight: cast("weight", weight)?,
-        activation: input.map(|input| cast("input_tensors", input)).transpose()?,
-    }))
 }
 
 /// Writes `quantization_config`.
@@ -129,12 +145,17 @@ pub(super) fn write(declaration: &Declaration) -> Value {
         .iter()
         .map(|(group, scheme)| (group.glob(), json!(LayerJson::from(*scheme))))
         .collect();
-    json!({
+    let mut config = json!({
         "quant_method": METHOD,
         "version": VERSION,
         "weight": default.weight,
         "input_tensors": default.input_tensors,
         "layers": layers,
         "exclude": declaration.exclude,
-    })
+    });
+    // Where nothing is rotated, nothing is said of it: readers that know no rotation read on.
+    if let Some(rotation) = default.rotation {
+        config["rotation"] = json!(rotation);
+    }
+    config
 }

@@ -143,6 +143,7 @@ fn layer_scheme(layer: LayerConfig) -> Result<Option<Scheme>, Refusal> {
     Ok(Some(Scheme {
         weight: tensor_cast("weight", &weight, false)?,
         activation: input.map(|input| tensor_cast("input_tensors", &input, true)).transpose()?,
+        rotation: None,
     }))
 }
 

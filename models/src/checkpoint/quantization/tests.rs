@@ -1,4 +1,4 @@
-use kernels::mx::{MxFormat, Scheme};
+use kernels::mx::{MxFormat, Rotation, Scheme};
 use serde_json::{Value, json};
 
 use super::*;
@@ -18,7 +18,11 @@ const DOWN: &str = "model.layers.11.mlp.down_proj";
 fn every_scheme() -> impl Iterator<Item = Scheme> {
     ElementType::ALL.into_iter().flat_map(|weight| {
         let activations = ElementType::ALL.into_iter().map(|e| Some(MxFormat::new(e).into())).chain([None]);
-        activations.map(move |activation| Scheme { weight: MxFormat::new(weight).into(), activation })
+        activations.map(move |activation| Scheme {
+            weight: MxFormat::new(weight).into(),
+            activation,
+            rotation: None,
+        })
     })
 }
 
@@ -232,4 +236,28 @@ fn other_methods_are_refused_by_name() {
     assert!(refusal(&json!({})).contains("quant_method"));
     let typo = json!({"quant_method": "ocp-mx", "version": 1, "wieght": null});
     assert!(refusal(&typo).contains("wieght"));
+}
+
+#[test]
+fn rotations_are_ocp_mx_alone() {
+    let rotated = Scheme { rotation: Some(Rotation::BlockHadamard), ..scheme("w4a6") };
+    let expressing: Vec<Dialect> = Dialect::ALL.into_iter().filter(|d| d.expresses(rotated)).collect();
+    assert_eq!(expressing, [Dialect::OcpMx]);
+    let group = LayerGroup::EveryLayer("model.layers.".to_owned(), ".mlp.down_proj".to_owned());
+    for (default, layer) in [(rotated, scheme("mxfp6")), (scheme("mxfp6"), rotated)] {
+        let declaration = Declaration { default, layers: vec![(group.clone(), layer)], exclude: Vec::new() };
+        let read = Quantization::from_json(&Dialect::OcpMx.write(&declaration)).unwrap();
+        assert_eq!(read.scheme(Q), Some(default));
+        assert_eq!(read.scheme(DOWN), Some(layer));
+    }
+
+    let declaration = Declaration { default: rotated, layers: Vec::new(), exclude: Vec::new() };
+    let mut config = Dialect::OcpMx.write(&declaration);
+    config["rotation"] = json!("givens");
+    let message = refusal(&config);
+    assert!(message.starts_with("rotation") && message.contains("givens"), "{message}");
+    config["rotation"] = json!("block-hadamard");
+    (config["weight"], config["input_tensors"]) = (Value::Null, Value::Null);
+    let message = refusal(&config);
+    assert!(message.starts_with("rotation") && message.contains("unquantized"), "{message}");
 }
