@@ -21,9 +21,10 @@ for provider in ("openai", "hosted_vllm"):
     assert whole.usage.completion_tokens > 0
     called = litellm.completion(messages=CHAT, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, **at)
     assert json.loads(called.choices[0].message.tool_calls[0].function.arguments)["a"] in (1, 2), called
-    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": TOOL["function"]["parameters"]}}
+    # No object: litellm may let one have any other properties, too, and a small model never comes to its end.
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1, 2]}}}
     shaped = litellm.completion(messages=CHAT, response_format=schema, **at)
-    assert json.loads(shaped.choices[0].message.content)["a"] in (1, 2), shaped
+    assert json.loads(shaped.choices[0].message.content) in (1, 2), shaped
     vectors = litellm.embedding(input=["One", "Two"], **at)
     assert len(vectors.data) == 2
     try:

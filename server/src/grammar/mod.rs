@@ -112,6 +112,10 @@ impl GrammarCompiler {
         if let Some(known) = self.lock_cache().get(&key) {
             return Ok(known.clone());
         }
+        if source.has_bottomless_number() {
+            let message = "the number -2^63 is not supported";
+            return Err(GrammarError::Invalid(message.to_owned()));
+        }
         let factory = self.factory.get_or_init(|| self.make_factory()).as_ref().map_err(Clone::clone)?;
         let matcher = Matcher::new(factory.create_parser(source.grammar()));
         let ignored = if options.ignore_eos { self.eos_token_ids.clone() } else { Vec::new() };
@@ -151,6 +155,17 @@ impl GrammarCompiler {
 }
 
 impl GrammarSource {
+    /// Whether llguidance would negate a number without end, until the stack is used up and the process ends: -2^63 is
+    /// its own negative in 64 bits.
+    fn has_bottomless_number(&self) -> bool {
+        match self {
+            Self::JsonObject | Self::Regex(_) | Self::Choice(_) => false,
+            Self::JsonSchema(schema) => is_bottomless(schema),
+            Self::Lark(grammar) => has_bottomless_number(grammar),
+            Self::CallsOr { calls, text } => has_bottomless_number(calls) || text.has_bottomless_number(),
+        }
+    }
+
     fn grammar(&self) -> TopLevelGrammar {
         TopLevelGrammar { grammars: self.parts(), max_tokens: None }
     }
@@ -180,6 +195,27 @@ impl GrammarSource {
         };
         vec![whole]
     }
+}
+
+const LOWEST: f64 = i64::MIN as f64;
+
+/// Whether there is the number -2^63 inside, or one that cannot be told from it.
+fn is_bottomless(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.as_f64().is_some_and(|x| x == LOWEST),
+        Value::Array(items) => items.iter().any(is_bottomless),
+        Value::Object(fields) => fields.values().any(is_bottomless),
+        Value::Null | Value::Bool(_) | Value::String(_) => false,
+    }
+}
+
+/// The same for the text of a grammar, which may have schemas inside.
+fn has_bottomless_number(text: &str) -> bool {
+    text.split('-').skip(1).any(|rest| {
+        let is_part = |c: char| c.is_ascii_digit() || matches!(c, '.' | 'e' | 'E' | '+');
+        let number = &rest[..rest.find(|c| !is_part(c)).unwrap_or(rest.len())];
+        number.parse().is_ok_and(|x: f64| x == -LOWEST)
+    })
 }
 
 /// The schema with the compiler's options: how much white space there may be, and `oneOf` read as `anyOf`, without which

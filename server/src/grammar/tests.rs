@@ -166,3 +166,17 @@ fn reasoning_is_free_and_the_answer_is_not() {
         assert_eq!(takes_with(&compiler, &source, options, text), expected, "{options:?} {text}");
     }
 }
+
+#[test]
+fn numbers_without_a_bottom_are_refused() {
+    let compiler = compiler();
+    let compile = |source: &GrammarSource| compiler.compile(source, GrammarOptions::default());
+    for number in [json!(i64::MIN), json!(i64::MIN as f64)] {
+        let schema = json!({"items": {"enum": [number]}});
+        let lark = GrammarSource::Lark(format!("start: %json {schema}"));
+        for source in [GrammarSource::JsonSchema(schema), lark] {
+            assert!(matches!(compile(&source), Err(GrammarError::Invalid(_))), "{source:?}");
+        }
+    }
+    compile(&GrammarSource::JsonSchema(json!({"enum": [i64::MIN + 2048, i64::MAX, -1e19, 1e300]}))).unwrap();
+}
