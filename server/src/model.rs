@@ -145,7 +145,7 @@ impl ServedModel {
             let device_secs = start.elapsed().as_secs_f64();
             let model = models::load(backend.as_ref(), &checkpoint)?;
             let weights_secs = start.elapsed().as_secs_f64() - device_secs;
-            tracing::info!(device_secs, weights_secs, "loaded the model");
+            tracing::debug!(device_secs, weights_secs, "loaded the model");
             Ok::<_, OpenError>((backend, model))
         })?;
         let grammars = tokenizer.as_ref().map(|tokenizer| {

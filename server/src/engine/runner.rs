@@ -100,7 +100,7 @@ impl ModelRunner {
         let memory_secs = start.elapsed().as_secs_f64();
         let graphs = DecodeGraphs::record(decode, max_sequences, sizes.kv_blocks as u32);
         let graphs_secs = start.elapsed().as_secs_f64() - memory_secs;
-        tracing::info!(memory_secs, graphs_secs, "ready to run steps");
+        tracing::debug!(memory_secs, graphs_secs, "ready to run steps");
         let rows = Vec::with_capacity(logit_rows);
         Ok((
             Self { kv_cache, step, workspace, sampler, graphs, has_logits: false, rows, backend, model },
