@@ -352,7 +352,8 @@ pub trait Backend {
     );
 
     /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the rotation and then the activation
-    /// format that the weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at `column`.
+    /// format that the weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at
+    /// `column`.
     fn linear(
         &self,
         x: &Buffer,

@@ -10,7 +10,7 @@ use models::{ConfigError, GenerationConfig, ModelConfig, ModelError};
 
 use crate::answer::ToolFormat;
 use crate::device::{self, ShareOfCpu, engine_options};
-use crate::engine::{EngineError, EngineHandle};
+use crate::engine::{EngineError, EngineHandle, check_model_len};
 use crate::grammar::GrammarCompiler;
 use crate::telemetry::{EngineMetrics, Telemetry};
 use crate::tokenizer::{ChatTemplate, TemplateError, Tokenizer, TokenizerError};
@@ -119,6 +119,8 @@ impl Opened {
         }
         let checkpoint = Checkpoint::open(folder)?;
         let model_config = ModelConfig::parse(checkpoint.config())?;
+        // The engine would refuse it too, after it has loaded the weights.
+        check_model_len(config.max_model_len.unwrap_or(1), model_config.max_model_len)?;
         let tokenizer = Tokenizer::load(folder)?.map(Arc::new);
         let chat_template = load_template(config, folder, tokenizer.as_deref())?;
         let mut defaults = GenerationConfig::read(folder, &model_config)?;

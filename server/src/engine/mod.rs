@@ -36,6 +36,7 @@ pub use error::EngineError;
 pub use handle::{EngineHandle, Loaded};
 pub use ngram::NgramLookup;
 pub use offline::{OfflineBatch, OfflineSizes};
+pub(crate) use options::check_model_len;
 pub use options::{EngineInfo, EngineOptions, KvCacheSize, LinearKernel};
 pub use request::{
     FinishReason, GenerateRequest, Pooling, Sampling, Scheduling, StopConditions, SubmitError, TokenEvent,

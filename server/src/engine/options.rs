@@ -92,6 +92,11 @@ pub(super) struct ModelNeeds {
     pub(super) memory: Option<DeviceMemory>,
 }
 
+/// Refuses a context that is longer than the model was made for.
+pub(crate) fn check_model_len(asked: usize, supported: usize) -> Result<(), EngineError> {
+    if asked > supported { Err(EngineError::MaxModelLen { asked, supported }) } else { Ok(()) }
+}
+
 impl EngineOptions {
     /// The limits of a step.
     pub(super) fn limits(&self) -> Result<Limits, EngineError> {
@@ -116,9 +121,7 @@ impl EngineOptions {
     pub(super) fn sizes(&self, model: ModelNeeds, device: &str) -> Result<Sizes, EngineError> {
         let limits = self.limits()?;
         let wanted_len = self.max_model_len.unwrap_or(model.max_model_len);
-        if wanted_len > model.max_model_len {
-            return Err(EngineError::MaxModelLen { asked: wanted_len, supported: model.max_model_len });
-        }
+        check_model_len(wanted_len, model.max_model_len)?;
         let kv_blocks = match self.kv_cache {
             KvCacheSize::Blocks(blocks) => blocks,
             KvCacheSize::Bytes(bytes) => bytes / model.block_bytes,
