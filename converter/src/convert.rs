@@ -18,6 +18,7 @@ use crate::files::{self, Provenance};
 use crate::layout;
 use crate::mix::{self, Mix, MixReport};
 use crate::output::Output;
+use crate::permute::{self, Permute};
 use crate::plan::{Recipe, plan};
 use crate::progress::Progress;
 use crate::quantize::DirectCast;
@@ -39,6 +40,8 @@ pub struct Options {
     pub calibration: Option<Calibration>,
     /// Choose the formats of the modules of decoder layers that no pattern of the recipe names.
     pub mix: Option<Mix>,
+    /// Reorder channels between modules where that helps.
+    pub permute: Option<Permute>,
     /// How elements are rounded, where they are cast directly.
     pub element_rounding: ElementRounding,
     /// JSON dialect; `None` is the default for the formats.
@@ -62,6 +65,7 @@ impl Options {
             recipe,
             calibration: None,
             mix: None,
+            permute: None,
             element_rounding: ElementRounding::NearestEven,
             layout: None,
             max_shard_bytes: 5_000_000_000,
@@ -92,34 +96,34 @@ pub fn default_output(model: &Path, format: &str) -> PathBuf {
 pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let source = Source::open(&options.model)?;
-    let Some(mix) = &options.mix else { return convert_source(options, None, &source, start, progress) };
+    let Some(mix) = &options.mix else { return convert_source(options, None, source, start, progress) };
     // Before the measuring, which takes a while.
     staging::check_only(&options.output, &options.model, options.force, 0)?;
     let Options { recipe, layout, threads, .. } = options;
     let job = mix::Job { source: &source, recipe, mix, layout: *layout, threads: *threads, progress };
     let (recipe, report) = job.run()?;
-    convert_source(&Options { recipe, ..options.clone() }, Some(report), &source, start, progress)
+    convert_source(&Options { recipe, ..options.clone() }, Some(report), source, start, progress)
 }
 
 /// As [`convert()`], by the recipe as it is, which `mix` says the origin of.
 fn convert_source(
     options: &Options,
     mix: Option<MixReport>,
-    source: &Source,
+    mut source: Source,
     start: Instant,
     progress: &dyn Progress,
 ) -> Result<Report, ConvertError> {
-    let make_plan = |recipe: &Recipe| {
+    let make_plan = |recipe: &Recipe, source: &Source| {
         plan(recipe, source.tensors(), source.traits())
             .map_err(|error| ConvertError::Plan { path: source.path_of(error.tensor()), error })
     };
-    let mut plan = make_plan(&options.recipe)?;
+    let mut plan = make_plan(&options.recipe, &source)?;
     let layout = layout::choose(options.layout, &plan)?;
     let output = Output::new(&plan, source.tensors(), layout, options.max_shard_bytes);
     for warning in &plan.warnings {
         progress.warn(warning);
     }
-    let mut report = Report { mix, ..Report::new(options, source, &plan, &output, layout) };
+    let mut report = Report { mix, ..Report::new(options, &source, &plan, &output, layout) };
     if options.dry_run {
         let needed = output.total_bytes();
         staging::check_only(&options.output, &options.model, options.force, needed)?;
@@ -128,11 +132,18 @@ fn convert_source(
 
     let staging = Staging::begin(&options.output, &options.model, options.force)?;
     staging::check_space(staging.dir(), &options.output, output.total_bytes())?;
+    let threads = options.threads;
+    if let Some(permute) = &options.permute {
+        let (orders, permutation) =
+            permute::Job { source: &source, plan: &plan, permute, threads, progress }.run()?;
+        source.reorder(orders);
+        report.permutation = Some(permutation);
+    }
     let calibrated = match &options.calibration {
         None => None,
         Some(calibration) => {
-            let (output, threads) = (&options.output, options.threads);
-            let job = calibrate::Job { source, plan: &plan, calibration, output, threads, progress };
+            let output = &options.output;
+            let job = calibrate::Job { source: &source, plan: &plan, calibration, output, threads, progress };
             Some(job.run()?)
         }
     };
@@ -142,13 +153,13 @@ fn convert_source(
             "calibration came out worse than direct cast on text held out: the weights are cast directly",
         );
         // Without the scale search that belongs to calibration.
-        plan = make_plan(&Recipe { weight_scale_rounding: None, ..options.recipe.clone() })?;
+        plan = make_plan(&Recipe { weight_scale_rounding: None, ..options.recipe.clone() }, &source)?;
     }
 
     let sink = Sink::create(staging.dir(), &output, &options.output)?;
     let direct = DirectCast { rounding: options.element_rounding };
     let job = Job {
-        source,
+        source: &source,
         plan: &plan,
         output: &output,
         sink: &sink,
@@ -156,12 +167,12 @@ fn convert_source(
         calibrated: kept,
         progress,
     };
-    let outcome = job.run(options.threads)?;
+    let outcome = job.run(threads)?;
     sink.sync()?;
     report.calibration = calibrated.as_ref().map(|(_, report)| report.clone());
     report.finish(&outcome.energies, start.elapsed());
     let provenance = Provenance { options, layout, method: report.method(), sha256: &outcome.sha256 };
-    for note in files::write(staging.dir(), source, &plan, &output, &provenance, &report)? {
+    for note in files::write(staging.dir(), &source, &plan, &output, &provenance, &report)? {
         progress.warn(&note);
     }
     staging.commit()?;

@@ -21,7 +21,7 @@ use crate::model_card;
 use crate::output::Output;
 use crate::plan::Plan;
 use crate::report::Report;
-use crate::source::Source;
+use crate::source::{Origin, Source};
 
 /// Copied where the source folder has them.
 const COMPANIONS: [&str; 10] = [
@@ -80,9 +80,9 @@ pub(crate) fn write(
     report: &Report,
 ) -> Result<Vec<String>, ConvertError> {
     let mut notes = Vec::new();
-    match source {
-        Source::Folder { checkpoint, .. } => copy_companions(checkpoint.dir(), dir)?,
-        Source::Gguf(gguf) => {
+    match source.origin() {
+        Origin::Folder { checkpoint, .. } => copy_companions(checkpoint.dir(), dir)?,
+        Origin::Gguf(gguf) => {
             write_json(dir, "generation_config.json", &gguf.generation_config())?;
             match gguf.tokenizer() {
                 Ok(files) => {

@@ -18,6 +18,7 @@ mod layout;
 pub mod mix;
 mod model_card;
 mod output;
+pub mod permute;
 pub mod plan;
 mod progress;
 pub mod quantize;

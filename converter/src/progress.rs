@@ -17,6 +17,8 @@ pub trait Progress: Sync {
     fn advance(&self, bytes: u64);
     /// `done` of `layers` layers are calibrated; the others will take about as long as `left`.
     fn calibrated(&self, done: usize, layers: usize, left: Duration);
+    /// The channels of `done` of `layers` layers are in order; the others will take about as long as `left`.
+    fn permuted(&self, done: usize, layers: usize, left: Duration);
     /// This share of comparing formats is done; the rest will take about as long as `left`.
     fn measured(&self, share: f64, left: Duration);
     /// A mix was tried on held-out text.
@@ -32,6 +34,7 @@ impl Progress for () {
     fn begin(&self, _bytes: u64) {}
     fn advance(&self, _bytes: u64) {}
     fn calibrated(&self, _done: usize, _layers: usize, _left: Duration) {}
+    fn permuted(&self, _done: usize, _layers: usize, _left: Duration) {}
     fn measured(&self, _share: f64, _left: Duration) {}
     fn tried(&self, _trial: &Trial) {}
     fn warn(&self, _message: &str) {}
@@ -104,6 +107,11 @@ impl Progress for ConsoleProgress {
     fn calibrated(&self, done: usize, layers: usize, left: Duration) {
         let left = minutes(left);
         self.line(&format!("{}: {done} of {layers} layers calibrated, {left} left", self.label));
+    }
+
+    fn permuted(&self, done: usize, layers: usize, left: Duration) {
+        let left = minutes(left);
+        self.line(&format!("{}: channels of {done} of {layers} layers ordered, {left} left", self.label));
     }
 
     fn measured(&self, share: f64, left: Duration) {

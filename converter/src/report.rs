@@ -17,6 +17,7 @@ use crate::convert::Options;
 use crate::eval::Evaluation;
 use crate::mix::MixReport;
 use crate::output::Output;
+use crate::permute::PermutationReport;
 use crate::plan::{Action, Plan};
 use crate::source::Source;
 
@@ -44,6 +45,8 @@ pub struct Report {
     pub total: Totals,
     /// How the formats were chosen, if that was left to the converter.
     pub mix: Option<MixReport>,
+    /// Which channels changed places, if they were to.
+    pub permutation: Option<PermutationReport>,
     /// What calibration came to, if there was one.
     pub calibration: Option<CalibrationReport>,
     /// Source and output side by side on a text, if that was asked for.
@@ -130,6 +133,7 @@ impl Report {
             formats: Vec::new(),
             total: Totals::default(),
             mix: None,
+            permutation: None,
             calibration: None,
             evaluation: None,
             warnings: plan.warnings.clone(),
@@ -211,6 +215,9 @@ impl fmt::Display for Report {
         }
         if let Some(mix) = &self.mix {
             writeln!(f, "{}", mix::summary(mix))?;
+        }
+        if let Some(permutation) = &self.permutation {
+            writeln!(f, "{}", permutation.summary())?;
         }
         if let Some(calibration) = &self.calibration {
             let perplexity = calibration.perplexity;

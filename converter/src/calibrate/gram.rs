@@ -62,7 +62,7 @@ pub(super) fn product(a: &[f32], inner: usize, b: &[f32]) -> Vec<f32> {
 }
 
 /// `a b'` of `[rows, inner]` and `[cols, inner]`.
-pub(super) fn product_transposed(a: &[f32], inner: usize, b: &[f32]) -> Vec<f32> {
+pub(crate) fn product_transposed(a: &[f32], inner: usize, b: &[f32]) -> Vec<f32> {
     let (rows, cols) = (a.len() / inner, b.len() / inner);
     let b = tensor(b, cols, inner).t();
     let product = b.and_then(|b| tensor(a, rows, inner).matmul(&b)?.flatten_all()?.to_vec1());

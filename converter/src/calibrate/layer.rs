@@ -263,6 +263,6 @@ impl Calibrator<'_> {
 }
 
 /// What direct cast does: the same, without a search that calibration steers.
-pub(super) fn nearest_cast(cast: Cast) -> Cast {
+pub(crate) fn nearest_cast(cast: Cast) -> Cast {
     if cast.scale_rounding == ScaleRounding::Mse { cast.format.into() } else { cast }
 }

@@ -22,6 +22,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 pub use error::CalibrationError;
+pub(crate) use gram::product_transposed;
+pub(crate) use layer::nearest_cast;
 pub(crate) use modules::CalibratedModules;
 pub use store::StageRecord;
 pub(crate) use store::Store;
@@ -225,6 +227,7 @@ impl Job<'_> {
             "held_out": windows.held_out,
             "tokens_sha256": tokens,
             "files": files,
+            "channel_orders_sha256": self.source.orders().digest(),
             "schemes": schemes,
         }))
     }

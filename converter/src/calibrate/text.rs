@@ -6,7 +6,7 @@ use std::path::Path;
 use models::ModelConfig;
 
 use super::CalibrationError;
-use crate::source::Source;
+use crate::source::{Origin, Source};
 use crate::text_tokenizer::TextTokenizer;
 
 /// Text is read up to here: far more than windows are made of, and tokenized in seconds.
@@ -33,7 +33,7 @@ impl CalibrationWindows {
         if !(2..=config.max_model_len).contains(&length) {
             return Err(CalibrationError::Window { window: length, max: config.max_model_len });
         }
-        let Source::Folder { checkpoint, .. } = source else {
+        let Origin::Folder { checkpoint, .. } = source.origin() else {
             return Err(CalibrationError::NoFolder { path: source.path_of(None) });
         };
         let tokenizer = TextTokenizer::open(checkpoint.dir())?;

@@ -7,6 +7,7 @@ use super::page::{Cell, Page};
 use super::{Report, TensorReport, Totals, UNQUANTIZED, decibels};
 use crate::calibrate::CalibrationReport;
 use crate::eval::Evaluation;
+use crate::permute::PermutationReport;
 
 impl Report {
     /// The report, in one file that needs nothing else.
@@ -31,6 +32,9 @@ impl Report {
         if let Some(mix) = &self.mix {
             super::mix::show(mix, &mut page);
         }
+        if let Some(permutation) = &self.permutation {
+            show_permutation(permutation, &mut page);
+        }
         if let Some(calibration) = &self.calibration {
             show_calibration(calibration, &mut page);
         }
@@ -45,6 +49,20 @@ impl Report {
         page.table("In the order of the source", &header, &rows);
         page.finish()
     }
+}
+
+/// Which channels changed places, and what that did.
+fn show_permutation(permutation: &PermutationReport, page: &mut Page) {
+    page.heading("Order of channels");
+    page.paragraph(&format!("The {}.", permutation.summary()));
+    let rows: Vec<_> = (permutation.modules.iter())
+        .map(|module| {
+            let decibels = [module.stored_db, module.db].map(|db| Cell::new(format!("{db:.2}")));
+            [Cell::new(&module.module), Cell::new(module.order)].into_iter().chain(decibels).collect()
+        })
+        .collect();
+    let header = ["module", "ordered by", "stored order, dB", "this order, dB"];
+    page.table("Error of direct cast, by the order of the columns", &header, &rows);
 }
 
 /// What calibration gained on text that it was not made from.

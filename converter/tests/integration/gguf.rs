@@ -49,7 +49,7 @@ fn permute(tensor: &Tensor, heads: usize) -> Tensor {
     Tensor { bytes, ..tensor.clone() }
 }
 
-fn metadata(pre_tokenizer: &str) -> Vec<(&'static str, Meta)> {
+pub(crate) fn metadata(pre_tokenizer: &str) -> Vec<(&'static str, Meta)> {
     let strings =
         |values: &[&str]| Meta::Array(values.iter().map(|v| Meta::String((*v).to_owned())).collect());
     let mut tokens: Vec<String> = (0..46).map(|i| char::from(b'!' + i).to_string()).collect();
@@ -79,7 +79,7 @@ fn metadata(pre_tokenizer: &str) -> Vec<(&'static str, Meta)> {
     ]
 }
 
-fn write_gguf(path: &Path, metadata: &[(&'static str, Meta)], tensors: &[Tensor]) {
+pub(crate) fn write_gguf(path: &Path, metadata: &[(&'static str, Meta)], tensors: &[Tensor]) {
     let quantized: Vec<(String, QTensor)> = tensors
         .iter()
         .map(|tensor| {

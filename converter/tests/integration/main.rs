@@ -9,6 +9,7 @@ mod eval;
 mod gguf;
 mod inputs;
 mod mix;
+mod permutation;
 mod perplexity;
 mod rotation;
 mod round_trip;
