@@ -287,7 +287,7 @@ impl Cli {
             weight_scale_rounding: calibration.is_some().then_some(ScaleRounding::Mse),
             scale_rounding: args.scale_rounding,
             activation_scale_rounding: args.activation_scale_rounding,
-            rotation: args.rotate,
+            rotation: args.rotate.or(recipe.rotation),
             ..recipe
         };
         let output = args.output.unwrap_or_else(|| default_output(&args.model, &format.name));

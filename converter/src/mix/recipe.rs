@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use kernels::mx::Scheme;
+use kernels::mx::{Rotation, Scheme};
 use models::checkpoint::ModulePattern;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::ser::SerializeMap;
@@ -40,6 +40,8 @@ struct File {
     layers: Layers,
     #[serde(default)]
     exclude: Vec<Text<ModulePattern>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rotate: Option<Text<Rotation>>,
 }
 
 /// A string that stands for a value: what is wrong with it has a line and a column.
@@ -103,8 +105,8 @@ impl Serialize for Layers {
     }
 }
 
-/// Reads a recipe in JSON: `format`, an object `layers` of patterns and formats of which the last match wins, and a list
-/// `exclude` of patterns, all as the flags of these names take them. Scale rules are not part of it.
+/// Reads a recipe in JSON: `format`, an object `layers` of patterns and formats of which the last match wins, a list
+/// `exclude` of patterns, and `rotate`, all as the flags of these names take them. Scale rules are not part of it.
 ///
 /// # Errors
 /// The file cannot be read, or has something else in it.
@@ -118,7 +120,8 @@ pub fn read_recipe(path: &Path) -> Result<Recipe, RecipeError> {
 fn parse(text: &str) -> Result<Recipe, serde_json::Error> {
     let file: File = serde_json::from_str(text)?;
     let exclude = file.exclude.into_iter().map(|Text(pattern)| pattern).collect();
-    Ok(Recipe { layers: file.layers.0, exclude, ..Recipe::new(file.format.0) })
+    let rotation = file.rotate.map(|Text(rotation)| rotation);
+    Ok(Recipe { layers: file.layers.0, exclude, rotation, ..Recipe::new(file.format.0) })
 }
 
 /// The file that [`read_recipe`] reads.
@@ -127,6 +130,7 @@ pub fn render_recipe(recipe: &Recipe) -> String {
         format: Text(recipe.scheme),
         layers: Layers(recipe.layers.clone()),
         exclude: recipe.exclude.iter().cloned().map(Text).collect(),
+        rotate: recipe.rotation.map(Text),
     };
     let mut text = serde_json::to_string_pretty(&file).expect("plain data serializes");
     text.push('\n');
@@ -144,7 +148,7 @@ mod tests {
     #[test]
     fn files_say_what_recipes_do() {
         let text = r#"{"format": "w4a6", "exclude": ["re:.*\\.1\\..*"],
-            "layers": {"lm_head": "mxfp6", "*.down_proj": "mxfp8"}}"#;
+            "layers": {"lm_head": "mxfp6", "*.down_proj": "mxfp8"}, "rotate": "block-hadamard"}"#;
         let recipe = parse(text).unwrap();
         assert_eq!(recipe.scheme.to_string(), "mxfp4:mxfp6_e2m3");
         let again = parse(&render_recipe(&recipe)).unwrap();
@@ -152,6 +156,7 @@ mod tests {
             let expected = [("lm_head", "mxfp6_e2m3".to_owned()), ("*.down_proj", "mxfp8_e4m3".to_owned())];
             assert_eq!(layers(recipe), expected);
             assert_eq!(recipe.exclude[0].as_str(), "re:.*\\.1\\..*");
+            assert_eq!(recipe.rotation, Some(Rotation::BlockHadamard));
         }
         assert_eq!(render_recipe(&recipe), render_recipe(&again));
     }
@@ -174,6 +179,7 @@ mod tests {
             (r#"{"format": "mxfp4", "layers": {"lm_head": 4}}"#, "integer `4`"),
             (r#"{"format": "mxfp4", "layers": {"a": "mxfp4", "a": "mxfp6"}}"#, "'a' is there twice"),
             (r#"{"format": "mxfp4", "exclude": ["re:("]}"#, "re:("),
+            (r#"{"format": "mxfp4", "rotate": "givens"}"#, "givens"),
             (r#"{"format": "mxfp4", "layers": ["a"]}"#, "an object of module patterns"),
         ] {
             let message = parse(text).unwrap_err().to_string();
