@@ -21,7 +21,7 @@ from serving import MODEL, ROOT, free_port, started
 
 HERE = ROOT / "tests/clients"
 INSTALLED = ROOT / "target/clients"
-# The bundled model has no template of its own.
+# Not every model's own template, if it has one, tells of tools.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nCall with <tool_call>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -139,10 +139,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         command = [args.programs / "mxserve", args.model, "--host", "127.0.0.1", "--port", port, "--served-model-name", NAME,
-            "--disable-log-requests"]
-        if args.model == MODEL:
-            (folder / "template.jinja").write_text(TEMPLATE)
-            command += ["--chat-template", folder / "template.jinja"]
+            "--disable-log-requests", "--chat-template", folder / "template.jinja"]
+        (folder / "template.jinja").write_text(TEMPLATE)
         with started(command, url):
             for client in args.names or CLIENTS:
                 begin = time.monotonic()
