@@ -107,8 +107,8 @@ struct ConvertArgs {
     #[arg(long, value_name = "RULE")]
     activation_scale_rounding: Option<ScaleRounding>,
 
-    /// Rotates each block of the weights' rows, and the layers' inputs at run time (by mxserve on a CPU alone; in the
-    /// layout ocp-mx alone): outliers spread over their block.
+    /// Rotates each block of the weights' rows, and the layers' inputs at run time (in the layout ocp-mx alone):
+    /// outliers spread over their block.
     #[arg(long, value_name = "block-hadamard")]
     rotate: Option<Rotation>,
 

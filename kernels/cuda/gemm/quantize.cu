@@ -1,45 +1,15 @@
-// Activations [M, K] in BF16, K a multiple of 32, to the values they have in an MX format.
+// Activations [M, K] in BF16, K a multiple of 32: rotated block by block, to the values they have in an MX format, or both.
 //
 // Two lanes hold a block of 32: 16 consecutive values each.
 
-#include <cuda_bf16.h>
-
+#include "gemm/chunk.cuh"
 #include "mx/quantize.cuh"
 #include "ptx/launch.cuh"
 
-namespace {
+namespace gemm {
 
-constexpr int CHUNK = 16;
-/// Chunks that a thread of quantize_to_e4m3 holds.
+/// Chunks that a thread of quantize_to_e4m3 has.
 constexpr int HELD = 4;
-
-/// 16 values as BF16 pairs.
-struct Chunk {
-    uint32_t pairs[CHUNK / 2];
-
-    __device__ __forceinline__ void load(const uint4* x, size_t index) {
-        const uint4 a = x[2 * index], b = x[2 * index + 1];
-        pairs[0] = a.x, pairs[1] = a.y, pairs[2] = a.z, pairs[3] = a.w;
-        pairs[4] = b.x, pairs[5] = b.y, pairs[6] = b.z, pairs[7] = b.w;
-    }
-
-    __device__ __forceinline__ float low(int i) const { return __uint_as_float(pairs[i] << 16); }
-    __device__ __forceinline__ float high(int i) const { return __uint_as_float(pairs[i] & 0xFFFF0000u); }
-
-    /// The scale byte of the block that this lane and its neighbour hold; `lanes` are those that call.
-    __device__ __forceinline__ uint32_t scale(const mx::MxGrid& grid, uint32_t lanes) const {
-        uint32_t amax = 0;
-#pragma unroll
-        for (int i = 0; i < CHUNK / 2; ++i) amax = __vmaxu2(amax, pairs[i] & 0x7FFF7FFFu);
-        amax = __vmaxu2(amax, __shfl_xor_sync(lanes, amax, 1));
-        return mx::shared_scale(grid, max(amax << 16, amax & 0xFFFF0000u));
-    }
-};
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
 
 /// As E4M3, nearest even, saturating, in the low 16 bits.
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
@@ -61,31 +31,38 @@ __device__ __forceinline__ uint32_t e4m3_to_f16(uint32_t pair) {
     return halves;
 }
 
-}  // namespace
-
-/// `out` = the MX values of `x` in BF16, which holds them exactly (but for parts of blocks below 2^-126). `chunks` is
-/// M * K / 16. A block with NaN or Inf is NaN.
-extern "C" __global__ void __launch_bounds__(256)
-    quantize_to_bf16(const uint4* __restrict__ x, mx::MxGrid grid, uint32_t chunks, uint4* __restrict__ out) {
+/// `out` = what `convert` makes of every chunk of `x`: BF16 pairs. `chunks` is M * K / 16.
+template <class Chunk, class Convert>
+__device__ __forceinline__ void to_bf16(const uint4* x, uint32_t chunks, uint4* out, Convert convert) {
     ptx::launch_dependents();
     ptx::wait_for_dependencies();
     const uint32_t stride = gridDim.x * blockDim.x;
     for (uint32_t index = blockIdx.x * blockDim.x + threadIdx.x; index < chunks; index += stride) {
-        Chunk chunk;
-        chunk.load(x, index);
         // `chunks` is even, so both lanes of a block are here.
-        const uint32_t byte = chunk.scale(grid, __activemask());
+        const uint32_t lanes = __activemask();
+        Chunk chunk;
+        chunk.load(x, index, lanes);
+        uint32_t values[CHUNK / 2];
+        convert(chunk, lanes, values);
+        out[2 * index] = make_uint4(values[0], values[1], values[2], values[3]);
+        out[2 * index + 1] = make_uint4(values[4], values[5], values[6], values[7]);
+    }
+}
+
+/// `out` = the MX values of `x` in BF16, which holds them exactly (but for parts of blocks below 2^-126). A block with NaN
+/// or Inf is NaN.
+template <class Chunk>
+__device__ __forceinline__ void quantize_to_bf16(const uint4* x, const mx::MxGrid& grid, uint32_t chunks, uint4* out) {
+    to_bf16<Chunk>(x, chunks, out, [&](const Chunk& chunk, uint32_t lanes, uint32_t (&values)[CHUNK / 2]) {
+        const uint32_t byte = chunk.scale(grid, lanes);
         const float scale = mx::scale_value(byte);
         const float reciprocal = mx::scale_reciprocal(min(byte, 254u));
-        uint32_t values[CHUNK / 2];
 #pragma unroll
         for (int i = 0; i < CHUNK / 2; ++i) {
             values[i] = pack_bf16(mx::nearest(grid, chunk.low(i) * reciprocal) * scale,
                                   mx::nearest(grid, chunk.high(i) * reciprocal) * scale);
         }
-        out[2 * index] = make_uint4(values[0], values[1], values[2], values[3]);
-        out[2 * index + 1] = make_uint4(values[4], values[5], values[6], values[7]);
-    }
+    });
 }
 
 /// `out` `[M, K]` = the MX values of `x` as E4M3 times one power of two per token, `factors` `[M]`; a token with NaN or
@@ -95,16 +72,16 @@ extern "C" __global__ void __launch_bounds__(256)
 ///
 /// Within each 16 values along K the order is that in which a lane holds a weight tile: position 4t + i has the value at
 /// 2t + i for i < 2, and at 8 + 2t + i - 2 for the others.
-extern "C" __global__ void __launch_bounds__(1024)
-    quantize_to_e4m3(const uint4* __restrict__ x, mx::MxGrid grid, uint32_t row_chunks, uint4* __restrict__ out,
-                     float* __restrict__ factors, uint32_t* __restrict__ inexact) {
+template <class Chunk>
+__device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGrid& grid, uint32_t row_chunks, uint4* out,
+                                                 float* factors, uint32_t* inexact) {
     __shared__ uint32_t largest;
     ptx::launch_dependents();
     if (threadIdx.x == 0) largest = 0;
     ptx::wait_for_dependencies();
     const size_t row = size_t(blockIdx.x) * row_chunks;
 
-    Chunk chunks[HELD];
+    Chunk chunks[Chunk::IS_SMALL ? HELD : 1];
     uint32_t bytes[HELD];
     // The token's largest scale. A zero block has byte 0 and takes no part; NaN, 255, wins.
     uint32_t top = 0;
@@ -112,8 +89,10 @@ extern "C" __global__ void __launch_bounds__(1024)
     for (int h = 0; h < HELD; ++h) {
         const uint32_t index = h * blockDim.x + threadIdx.x;
         if (index >= row_chunks) continue;
-        chunks[h].load(x, row + index);
-        bytes[h] = chunks[h].scale(grid, __activemask());
+        const uint32_t lanes = __activemask();
+        Chunk& chunk = chunks[Chunk::IS_SMALL ? h : 0];
+        chunk.load(x, row + index, lanes);
+        bytes[h] = chunk.scale(grid, lanes);
         top = max(top, bytes[h]);
     }
     top = __reduce_max_sync(0xFFFFFFFFu, top);
@@ -127,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     for (int h = 0; h < HELD; ++h) {
         const uint32_t index = h * blockDim.x + threadIdx.x;
         if (index >= row_chunks) continue;
+        Chunk& chunk = chunks[Chunk::IS_SMALL ? h : 0];
+        if constexpr (!Chunk::IS_SMALL) chunk.load(x, row + index, __activemask());
         const float reciprocal = mx::scale_reciprocal(min(bytes[h], 254u));
         // So far below the top nothing is left of a block.
         const int distance = min(int(top - bytes[h]), 100);
@@ -136,8 +117,8 @@ extern "C" __global__ void __launch_bounds__(1024)
         uint32_t pairs[CHUNK / 2];
 #pragma unroll
         for (int i = 0; i < CHUNK / 2; ++i) {
-            const float low = mx::nearest(grid, chunks[h].low(i) * reciprocal) * rebase;
-            const float high = mx::nearest(grid, chunks[h].high(i) * reciprocal) * rebase;
+            const float low = mx::nearest(grid, chunk.low(i) * reciprocal) * rebase;
+            const float high = mx::nearest(grid, chunk.high(i) * reciprocal) * rebase;
             pairs[i] = pack_e4m3(low, high);
             differences |= e4m3_to_f16(pairs[i]) ^ pack_f16(low, high);
         }
@@ -149,4 +130,31 @@ extern "C" __global__ void __launch_bounds__(1024)
         factors[blockIdx.x] = mx::scale_value(top) * __uint_as_float(uint32_t(127 - grid.e4m3_shift) << 23);
         if (rounded && top != mx::SCALE_NAN) atomicAdd(inexact, 1);
     }
+}
+
+}  // namespace gemm
+
+/// Kernels that take the activations as they are, and those that rotate them first.
+#define QUANTIZE(NAME, CHUNK)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) NAME##_to_bf16(                                                \
+        const uint4* __restrict__ x, mx::MxGrid grid, uint32_t chunks, uint4* __restrict__ out) {                    \
+        gemm::quantize_to_bf16<gemm::CHUNK>(x, grid, chunks, out);                                                   \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(1024)                                                               \
+        NAME##_to_e4m3(const uint4* __restrict__ x, mx::MxGrid grid, uint32_t row_chunks, uint4* __restrict__ out,   \
+                       float* __restrict__ factors, uint32_t* __restrict__ inexact) {                                \
+        gemm::quantize_to_e4m3<gemm::CHUNK>(x, grid, row_chunks, out, factors, inexact);                             \
+    }
+
+QUANTIZE(quantize, PlainChunk)
+QUANTIZE(quantize_rotated, RotatedChunk)
+
+/// `out` = the rotated `x`, rounded to BF16.
+extern "C" __global__ void __launch_bounds__(256)
+    rotate_to_bf16(const uint4* __restrict__ x, uint32_t chunks, uint4* __restrict__ out) {
+    using gemm::RotatedChunk;
+    gemm::to_bf16<RotatedChunk>(x, chunks, out, [](const RotatedChunk& chunk, uint32_t, uint32_t (&values)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = gemm::pack_bf16(chunk.low(i), chunk.high(i));
+    });
 }

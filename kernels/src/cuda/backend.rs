@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::context::Context;
+use super::gemm::Preparation;
 use super::graph::Graph;
 use super::linear::LinearOperator;
 use super::memory::{DeviceBuffer, PinnedBuffer, bytes_of, bytes_of_mut};
@@ -99,18 +100,17 @@ impl CudaBackend {
         let rows = parts.iter().map(|part| part.shape()[0]).sum();
         assert!(bias.is_none_or(|bias| bias.len() == rows), "one bias per row");
         let (shape, scheme) = ([rows, first.shape()[1]], first.scheme());
-        if let Some(rotation) = scheme.and_then(|scheme| scheme.rotation) {
-            return Err(self.unsupported(format!("a weight whose input is rotated ({rotation})")));
-        }
         let format = TileFormat::of(first).map_err(|error| self.unsupported(error.to_string()))?;
-        if let Some(cast) = scheme.and_then(|scheme| scheme.activation) {
-            let whole_blocks = shape[1].is_multiple_of(cast.format.block.size());
-            if !whole_blocks || !LinearOperator::supports_activation(cast) {
-                let Cast { format, scale_rounding } = cast;
-                let what =
-                    format!("{} columns of activations in {format}, scales by {scale_rounding}", shape[1]);
-                return Err(self.unsupported(what));
-            }
+        if let Some(preparation) = Preparation::of(scheme)
+            && !LinearOperator::supports_input(preparation, shape[1])
+        {
+            let inputs = match preparation.activation {
+                Some(Cast { format, scale_rounding }) => {
+                    format!("activations in {format}, scales by {scale_rounding}")
+                }
+                None => "rotated activations".to_owned(),
+            };
+            return Err(self.unsupported(format!("{} columns of {inputs}", shape[1])));
         }
         let layout = TileLayout { format, shape, order };
         let weight = self.state.borrow_mut().uploader.upload(layout, parts, bias)?;
@@ -302,8 +302,7 @@ impl Backend for CudaBackend {
         out_width: usize,
         column: usize,
     ) {
-        let activation = weight.scheme.and_then(|scheme| scheme.activation);
-        self.linear.linear(x, rows, tiled(weight), activation, out, out_width, column);
+        self.linear.linear(x, rows, tiled(weight), Preparation::of(weight.scheme), out, out_width, column);
     }
 
     fn rope_table(&self, positions: &Buffer, inv_freq: &Buffer, factor: f32, rows: usize, out: &mut Buffer) {
@@ -341,8 +340,7 @@ impl Backend for CudaBackend {
     }
 
     fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, _: &mut Buffer, out: &mut Buffer) {
-        let activation = weight.scheme.and_then(|scheme| scheme.activation);
-        self.linear.gated(x, rows, tiled(weight), activation, out);
+        self.linear.gated(x, rows, tiled(weight), Preparation::of(weight.scheme), out);
     }
 
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer) {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::context::Context;
-use super::gemm::{DecodeGemm, MxGrid, Prefill, Product};
+use super::gemm::{DecodeGemm, MxGrid, Prefill, Preparation, Product};
 use super::ops::address;
 use super::weight::TiledWeight;
 use crate::backend::LinearKernel;
 use crate::buffer::{Buffer, Dtype, MemoryAccount};
 use crate::error::Result;
-use crate::mx::{Cast, Scheme};
+use crate::mx::{Block, Scheme};
 
 /// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
 const DECODE_ROWS: usize = 16;
@@ -46,9 +46,10 @@ impl LinearOperator {
         self.prefill.inexact_tokens()
     }
 
-    /// Whether inputs can be quantized by `cast`.
-    pub(crate) fn supports_activation(cast: Cast) -> bool {
-        MxGrid::new(cast).is_some()
+    /// Whether inputs of `cols` columns can be prepared so.
+    pub(crate) fn supports_input(preparation: Preparation, cols: usize) -> bool {
+        cols.is_multiple_of(Block::OCP.size())
+            && preparation.activation.is_none_or(|cast| MxGrid::new(cast).is_some())
     }
 
     /// `out[m, column + n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`; see [`Backend`](crate::Backend::linear).
@@ -58,7 +59,7 @@ impl LinearOperator {
         x: &Buffer,
         rows: usize,
         weight: &TiledWeight,
-        activation: Option<Cast>,
+        preparation: Option<Preparation>,
         out: &mut Buffer,
         out_width: usize,
         column: usize,
@@ -69,7 +70,7 @@ impl LinearOperator {
         let (out_dtype, out) = (out.dtype(), address(out, out.dtype(), rows * out_width));
         let product = Product { x, rows, out, out_dtype, out_width, column, is_gated: false };
         // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
-        unsafe { self.multiply(weight, activation, &product) };
+        unsafe { self.multiply(weight, preparation, &product) };
     }
 
     /// `out[m, i] = silu(gate[m, i]) * up[m, i]` of a weight whose rows are pairs of gate and up; see
@@ -79,7 +80,7 @@ impl LinearOperator {
         x: &Buffer,
         rows: usize,
         weight: &TiledWeight,
-        activation: Option<Cast>,
+        preparation: Option<Preparation>,
         out: &mut Buffer,
     ) {
         let [n, k] = weight.layout().shape;
@@ -88,12 +89,12 @@ impl LinearOperator {
         let out = address(out, out_dtype, rows * out_width);
         let product = Product { x, rows, out, out_dtype, out_width, column: 0, is_gated: true };
         // SAFETY: as above.
-        unsafe { self.multiply(weight, activation, &product) };
+        unsafe { self.multiply(weight, preparation, &product) };
     }
 
     /// # Safety
     /// The addresses have the elements that `product` says, 16-byte aligned.
-    unsafe fn multiply(&self, weight: &TiledWeight, activation: Option<Cast>, product: &Product) {
+    unsafe fn multiply(&self, weight: &TiledWeight, preparation: Option<Preparation>, product: &Product) {
         let Product { x, rows, .. } = *product;
         let k = weight.layout().shape[1];
         if rows == 0 {
@@ -102,9 +103,9 @@ impl LinearOperator {
         // SAFETY: the caller's promise.
         unsafe {
             if rows > DECODE_ROWS && k.is_multiple_of(COPIED_ELEMENTS) {
-                self.prefill.linear(weight, activation, product);
+                self.prefill.linear(weight, preparation, product);
             } else {
-                let x = activation.map_or(x, |cast| self.prefill.to_bf16(cast, x, [rows, k]));
+                let x = preparation.map_or(x, |preparation| self.prefill.prepare(preparation, x, [rows, k]));
                 self.decode.linear(weight, &Product { x, ..*product });
             }
         }

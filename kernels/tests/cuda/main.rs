@@ -9,6 +9,7 @@ mod executor;
 mod gated;
 mod ops;
 mod prefill;
+mod rotation;
 
 use kernels::{Backend, Device};
 

@@ -2,8 +2,8 @@
 
 use half::bf16;
 use kernels::mx::{
-    Cast, ElementRounding, ElementType, MxFormat, MxTensor, ScaleRounding, Values, quantize_dequantize,
-    quantize_rows,
+    Cast, ElementRounding, ElementType, MxFormat, MxTensor, Rotation, ScaleRounding, Values,
+    quantize_dequantize, quantize_rows,
 };
 use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
 
@@ -62,22 +62,26 @@ impl Matrix {
         matrix
     }
 
+    pub(crate) fn format(&self) -> MxFormat {
+        self.format
+    }
+
     fn tensor(&self) -> MxTensor<'_> {
         MxTensor::new(self.format, self.shape, &self.codes, &self.scales).unwrap()
     }
 
     pub(crate) fn source(&self, activation: Option<Cast>) -> WeightSource<'_> {
-        WeightSource::Mx {
-            tensor: self.tensor(),
-            scale_rounding: ScaleRounding::Even,
-            activation,
-            rotation: None,
-        }
+        self.source_of(activation, None)
+    }
+
+    pub(crate) fn source_of(&self, activation: Option<Cast>, rotation: Option<Rotation>) -> WeightSource<'_> {
+        let (tensor, scale_rounding) = (self.tensor(), ScaleRounding::Even);
+        WeightSource::Mx { tensor, scale_rounding, activation, rotation }
     }
 }
 
 /// A product on `backend`, its output poisoned before, between two columns that must stay as they are.
-fn product(backend: &dyn Backend, x: &[f32], weight: &Weight, dtype: Dtype) -> Vec<f32> {
+pub(crate) fn product(backend: &dyn Backend, x: &[f32], weight: &Weight, dtype: Dtype) -> Vec<f32> {
     let [n, k] = weight.shape();
     let (rows, width, column) = (x.len() / k, n + 16, 8);
     let mut input = backend.alloc(Dtype::Bf16, x.len(), Component::Workspace).unwrap();
@@ -94,7 +98,7 @@ fn product(backend: &dyn Backend, x: &[f32], weight: &Weight, dtype: Dtype) -> V
 
 /// Holds `rows` of `actual` `[M, N]` to sums in F64 of `[M, K]` and `[N, K]`, K being `k`: within the rounding of the output,
 /// and `bound` times the sum of magnitudes.
-fn check(
+pub(crate) fn check(
     what: &str,
     actual: &[f32],
     [x, w]: [&[f32]; 2],
@@ -155,7 +159,7 @@ fn dense_weights_multiply_with_columns_in_any_number() {
 }
 
 /// Blocks of very different sizes, zeros, subnormals, and values at the borders of scales.
-fn activations(random: &mut Random, rows: usize, cols: usize) -> Vec<f32> {
+pub(crate) fn activations(random: &mut Random, rows: usize, cols: usize) -> Vec<f32> {
     let mut x = random.normals(rows * cols);
     for block in x.chunks_exact_mut(32) {
         let factor = match random.below(12) {

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::mx::{Cast, ElementType, MxFormat, Scheme};
+use kernels::mx::{Cast, ElementType, MxFormat, Rotation, Scheme};
 use kernels::{Device, KvCacheDtype};
 use models::StepSequence;
 
@@ -25,7 +25,7 @@ fn has_gpu() -> bool {
     }
 }
 
-/// Weights in every format, and with every format that activations are declared in.
+/// Weights in every format, with every format that activations are declared in, and with rotated inputs.
 fn schemes() -> Vec<Scheme> {
     let cast = |element| Cast::from(MxFormat::new(element));
     let weight_only =
@@ -42,7 +42,12 @@ fn schemes() -> Vec<Scheme> {
         (ElementType::E2m1, ElementType::Int8),
     ];
     let both = both.map(|(w, a)| Scheme { weight: cast(w), activation: Some(cast(a)), rotation: None });
-    weight_only.into_iter().chain(both).collect()
+    let rotated = [None, Some(cast(ElementType::E2m3))].map(|activation| Scheme {
+        weight: cast(ElementType::E2m1),
+        activation,
+        rotation: Some(Rotation::BlockHadamard),
+    });
+    weight_only.into_iter().chain(both).chain(rotated).collect()
 }
 
 /// The logits of `tokens` on both devices, a prompt in one step and the rest token by token; the errors of the GPU's.

@@ -82,23 +82,24 @@ fn stored(dtype: DenseDtype) -> StoredDtype {
     }
 }
 
-/// Codes, scales, and the decoded values as F32 bytes.
+/// Codes and scales of a tensor, rotated as the scheme says, and the values that they stand for as F32 bytes.
 fn pack(tensor: &DenseTensor, scheme: Scheme) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
     let format = scheme.weight.format;
     let shape = [tensor.shape[0], tensor.shape[1]];
     let count = shape[0] * shape[1];
     let (mut codes, mut scales) = (vec![0; format.code_bytes(count)], vec![0; format.scale_bytes(count)]);
-    let values = match tensor.dtype {
-        DenseDtype::Bf16 => Values::Bf16(&tensor.bytes),
-        DenseDtype::F16 => Values::F16(&tensor.bytes),
-        DenseDtype::F32 => Values::F32(&tensor.bytes),
-    };
-    quantize_rows(scheme.weight, ElementRounding::NearestEven, values, 0, &mut codes, &mut scales).unwrap();
+    let mut values = tensor.to_f32();
+    scheme.rotate(&mut values);
+    let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+    let (rounding, values) = (ElementRounding::NearestEven, Values::F32(&bytes));
+    quantize_rows(scheme.weight, rounding, values, 0, &mut codes, &mut scales).unwrap();
     let mut decoded = vec![0.0; count];
     let matrix = MxTensor::new(format, shape, &codes, &scales).unwrap();
     for (row, out) in decoded.chunks_exact_mut(shape[1]).enumerate() {
         matrix.dequantize_row(row, out);
     }
+    // A rotation is its own inverse.
+    scheme.rotate(&mut decoded);
     (codes, scales, decoded.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 

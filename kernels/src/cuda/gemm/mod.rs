@@ -8,7 +8,7 @@ mod tensor_map;
 
 pub(crate) use self::decode::DecodeGemm;
 pub(crate) use self::prefill::Prefill;
-pub(crate) use self::quantize::MxGrid;
+pub(crate) use self::quantize::{MxGrid, Preparation};
 
 use super::DevicePtr;
 use crate::buffer::Dtype;

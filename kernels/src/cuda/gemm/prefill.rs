@@ -13,7 +13,7 @@ use cudarc::driver::sys;
 
 use super::Product;
 use super::plan::{EXPANDED_ROWS, MOST_RESULT_BYTES, Operand, Plan, TOKENS};
-use super::quantize::{MOST_COLUMNS, MxGrid, Quantizer, is_within_e4m3};
+use super::quantize::{MOST_COLUMNS, Preparation, Quantizer, is_within_e4m3};
 use super::tensor_map::tensor_map;
 use crate::buffer::{Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::memory::Scratch;
@@ -29,9 +29,6 @@ const SHARED_BYTES: u32 = 232_448;
 /// Bytes of an expanded tile.
 pub(super) const EXPANDED_TILE_BYTES: usize = TILE_ROWS * TILE_COLS;
 const EXPAND_THREADS: u32 = 256;
-
-/// Why an activation format has a grid.
-const SUPPORTED: &str = "activation formats are checked when a weight is uploaded";
 
 macro_rules! packed_kernels {
     ($($format:literal),*) => {
@@ -140,70 +137,74 @@ impl Prefill {
         u32::from_le_bytes(bytes)
     }
 
-    /// Computes `product`, of activations quantized by `activation`.
+    /// Computes `product`, whose input is prepared before.
     ///
     /// # Safety
     /// The addresses have the elements that `product` says, 16-byte aligned at `x`.
     ///
     /// # Panics
-    /// [`MxGrid`] has no `activation`; out of memory, the first time scratch is needed as large.
-    pub(crate) unsafe fn linear(&self, weight: &TiledWeight, activation: Option<Cast>, product: &Product) {
+    /// [`MxGrid`](super::MxGrid) has no such activations; out of memory, the first time scratch is needed as large.
+    pub(crate) unsafe fn linear(
+        &self,
+        weight: &TiledWeight,
+        preparation: Option<Preparation>,
+        product: &Product,
+    ) {
         let layout = weight.layout();
         let shape = [product.rows, layout.shape[1]];
-        let plan = Plan::new(
-            product.rows,
-            layout,
-            self.allows_e4m3(weight, activation),
-            self.context.properties().sm_count,
-        );
-        let Some(cast) = activation else {
+        let activation = preparation.and_then(|preparation| preparation.activation);
+        let e4m3 = activation.filter(|&cast| self.allows_e4m3(weight, cast));
+        let sm_count = self.context.properties().sm_count;
+        let plan = Plan::new(product.rows, layout, e4m3.is_some(), sm_count);
+        match (plan.operand, preparation, e4m3) {
             // SAFETY: the caller's promise.
-            return unsafe { self.multiply_packed(weight, product.x, &plan, product) };
-        };
-        match plan.operand {
-            // SAFETY: the caller's promise.
-            Operand::Bf16 => unsafe {
-                let values = self.to_bf16(cast, product.x, shape);
-                self.multiply_packed(weight, values, &plan, product);
-            },
-            Operand::E4m3 => {
-                let grid = MxGrid::new(cast).expect(SUPPORTED);
+            (_, None, _) => unsafe { self.multiply_packed(weight, product.x, &plan, product) },
+            (Operand::E4m3, Some(Preparation { is_rotated, .. }), Some(cast)) => {
                 let elements = product.rows * layout.shape[1];
                 let factors_at = elements.next_multiple_of(256);
                 let bytes = factors_at + product.rows * size_of::<f32>();
                 let values = self.activations.borrow_mut().reserve(bytes);
                 let factors = values + factors_at as u64;
+                let (context, x, inexact) = (&self.context, product.x, self.inexact.ptr());
                 // SAFETY: the scratch has this many elements; the rest is the caller's promise.
                 unsafe {
-                    let inexact = self.inexact.ptr();
-                    self.quantizer.to_e4m3(&self.context, &grid, product.x, shape, values, factors, inexact);
+                    self.quantizer.to_e4m3(context, cast, is_rotated, x, shape, values, factors, inexact);
                     self.multiply_expanded(weight, values, factors, &plan, product);
                 }
             }
+            // SAFETY: the caller's promise.
+            (_, Some(preparation), _) => unsafe {
+                let values = self.prepare(preparation, product.x, shape);
+                self.multiply_packed(weight, values, &plan, product);
+            },
         }
     }
 
-    /// The MX values of `x`, BF16 `[rows, cols]`, as BF16 in scratch that the next call uses again.
+    /// `x`, BF16 `[rows, cols]`, prepared: BF16 in scratch that the next call uses again.
     ///
     /// # Safety
     /// `x` has that many elements, 16-byte aligned.
     ///
     /// # Panics
     /// As [`Self::linear`].
-    pub(crate) unsafe fn to_bf16(&self, cast: Cast, x: DevicePtr, [rows, cols]: [usize; 2]) -> DevicePtr {
-        let grid = MxGrid::new(cast).expect(SUPPORTED);
+    pub(crate) unsafe fn prepare(
+        &self,
+        preparation: Preparation,
+        x: DevicePtr,
+        [rows, cols]: [usize; 2],
+    ) -> DevicePtr {
         let values = self.activations.borrow_mut().reserve(rows * cols * Dtype::Bf16.size_bytes());
         // SAFETY: the scratch has this many elements; the rest is the caller's promise.
-        unsafe { self.quantizer.to_bf16(&self.context, &grid, x, [rows, cols], values) };
+        unsafe { self.quantizer.to_bf16(&self.context, preparation, x, [rows, cols], values) };
         values
     }
 
     /// Whether E4M3 has the values of both operands, but for what the module's documentation says.
-    fn allows_e4m3(&self, weight: &TiledWeight, activation: Option<Cast>) -> bool {
+    fn allows_e4m3(&self, weight: &TiledWeight, activation: Cast) -> bool {
         let layout = weight.layout();
         !self.strict
             && layout.shape[1] <= MOST_COLUMNS
-            && activation.is_some_and(|cast| is_within_e4m3(cast.format.element))
+            && is_within_e4m3(activation.format.element)
             && E4m3Weights::of(layout.format).is_some_and(|e4m3| weight.spread() <= e4m3.spread)
     }
 

@@ -1,7 +1,7 @@
 //! Activation formats on the device: launcher of `cuda/gemm/quantize.cu`.
 
 use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
-use crate::mx::{Block, Cast, ElementType, ScaleRounding, SharedExponent, Specials};
+use crate::mx::{Block, Cast, ElementType, Rotation, ScaleRounding, Scheme, SharedExponent, Specials};
 
 /// Threads of `quantize_to_bf16`.
 const BF16_THREADS: u32 = 256;
@@ -56,6 +56,11 @@ impl MxGrid {
             e4m3_shift,
         })
     }
+
+    /// The grid of a declared activation format.
+    fn of(cast: Cast) -> Self {
+        Self::new(cast).expect("activation formats are checked when a weight is uploaded")
+    }
 }
 
 /// Whether every value of `element` is an E4M3 number times a power of two.
@@ -67,31 +72,57 @@ pub(super) fn is_within_e4m3(element: ElementType) -> bool {
         && spec.specials != Specials::Ieee
 }
 
-/// The kernels of `cuda/gemm/quantize.cu`.
+/// What is done to the rows of a product's input before they multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Preparation {
+    /// Each block of 32 times the Hadamard matrix over the square root of 32, first.
+    pub(crate) is_rotated: bool,
+    /// Then the values of this format.
+    pub(crate) activation: Option<Cast>,
+}
+
+impl Preparation {
+    /// What `scheme`, of a weight that the device took, declares; `None` if the input multiplies as it is.
+    pub(crate) fn of(scheme: Option<Scheme>) -> Option<Self> {
+        let Scheme { activation, rotation, .. } = scheme?;
+        let is_rotated = match rotation {
+            None => false,
+            Some(Rotation::BlockHadamard) => true,
+        };
+        (is_rotated || activation.is_some()).then_some(Self { is_rotated, activation })
+    }
+}
+
+/// The kernels of `cuda/gemm/quantize.cu`; of two, the second rotates.
 #[derive(Debug)]
 pub(crate) struct Quantizer {
-    to_bf16: Function,
-    to_e4m3: Function,
+    rotate: Function,
+    to_bf16: [Function; 2],
+    to_e4m3: [Function; 2],
     sm_count: u32,
 }
 
 impl Quantizer {
     pub(crate) fn new(context: &Context) -> Self {
         Self {
-            to_bf16: context.function("quantize_to_bf16"),
-            to_e4m3: context.function("quantize_to_e4m3"),
+            rotate: context.function("rotate_to_bf16"),
+            to_bf16: ["quantize_to_bf16", "quantize_rotated_to_bf16"].map(|name| context.function(name)),
+            to_e4m3: ["quantize_to_e4m3", "quantize_rotated_to_e4m3"].map(|name| context.function(name)),
             sm_count: context.properties().sm_count,
         }
     }
 
-    /// Writes the MX values of `x`, BF16 `[rows, cols]`, to `out` in BF16.
+    /// Writes `x`, BF16 `[rows, cols]`, prepared, to `out` in BF16.
     ///
     /// # Safety
     /// Both addresses have that many elements, 16-byte aligned.
+    ///
+    /// # Panics
+    /// The last block of a row is not whole, or [`MxGrid`] has no such activations.
     pub(crate) unsafe fn to_bf16(
         &self,
         context: &Context,
-        grid: &MxGrid,
+        Preparation { is_rotated, activation }: Preparation,
         x: DevicePtr,
         [rows, cols]: [usize; 2],
         out: DevicePtr,
@@ -100,20 +131,33 @@ impl Quantizer {
         let chunks = u32::try_from(rows * cols / CHUNK).expect("activations of at most 2^36 elements");
         let blocks = chunks.div_ceil(BF16_THREADS).min(8 * self.sm_count);
         let launch = Launch::new(blocks, BF16_THREADS);
-        // SAFETY: the caller's promise; the kernel waits for its inputs.
-        unsafe { context.launch(&self.to_bf16, &launch, &[&x, grid, &chunks, &out]) };
+        // SAFETY: the caller's promise; the kernels wait for their inputs.
+        unsafe {
+            match activation {
+                Some(cast) => {
+                    let (function, grid) = (&self.to_bf16[usize::from(is_rotated)], MxGrid::of(cast));
+                    context.launch(function, &launch, &[&x, &grid, &chunks, &out]);
+                }
+                None => context.launch(&self.rotate, &launch, &[&x, &chunks, &out]),
+            }
+        }
     }
 
-    /// Writes the MX values of `x`, BF16 `[rows, cols]`, to `out` in E4M3 in the order of weight tiles, with the factor
-    /// of each row in `factors`, F32 `[rows]`; adds to the U32 `inexact` the rows that E4M3 had to round.
+    /// Writes the values of `x`, BF16 `[rows, cols]`, in the format `activation`, rotated before if `is_rotated`, to `out`
+    /// in E4M3 in the order of weight tiles, with the factor of each row in `factors`, F32 `[rows]`; adds to the U32
+    /// `inexact` the rows that E4M3 had to round.
     ///
     /// # Safety
     /// The addresses have that many elements, 16-byte aligned.
+    ///
+    /// # Panics
+    /// As [`Self::to_bf16`]; rows are too long.
     #[allow(clippy::too_many_arguments, reason = "what the kernel takes")]
     pub(super) unsafe fn to_e4m3(
         &self,
         context: &Context,
-        grid: &MxGrid,
+        activation: Cast,
+        is_rotated: bool,
         x: DevicePtr,
         [rows, cols]: [usize; 2],
         out: DevicePtr,
@@ -125,7 +169,8 @@ impl Quantizer {
         // One chunk per thread while that fills no more than half of a block's threads.
         let threads = chunks.clamp(32, MOST_THREADS as u32 / 2).max(chunks.div_ceil(HELD as u32));
         let launch = Launch::new(rows as u32, threads.next_multiple_of(32));
+        let (function, grid) = (&self.to_e4m3[usize::from(is_rotated)], MxGrid::of(activation));
         // SAFETY: the caller's promise; the kernel waits for its inputs.
-        unsafe { context.launch(&self.to_e4m3, &launch, &[&x, grid, &chunks, &out, &factors, &inexact]) };
+        unsafe { context.launch(function, &launch, &[&x, &grid, &chunks, &out, &factors, &inexact]) };
     }
 }

@@ -1,0 +1,90 @@
+// Sixteen consecutive activations of a row, the other half of whose block of 32 the neighbouring lane has.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "mx/quantize.cuh"
+
+namespace gemm {
+
+constexpr int CHUNK = 16;
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+/// The values as they are: BF16 pairs.
+struct PlainChunk {
+    /// Whether it is so small that a thread keeps a few, rather than load them twice.
+    static constexpr bool IS_SMALL = true;
+
+    uint32_t pairs[CHUNK / 2];
+
+    /// Chunk `index` of `x`; `lanes` are those that call, neighbours together.
+    __device__ __forceinline__ void load(const uint4* x, size_t index, uint32_t /*lanes*/) {
+        const uint4 a = x[2 * index], b = x[2 * index + 1];
+        pairs[0] = a.x, pairs[1] = a.y, pairs[2] = a.z, pairs[3] = a.w;
+        pairs[4] = b.x, pairs[5] = b.y, pairs[6] = b.z, pairs[7] = b.w;
+    }
+
+    __device__ __forceinline__ float low(int i) const { return __uint_as_float(pairs[i] << 16); }
+    __device__ __forceinline__ float high(int i) const { return __uint_as_float(pairs[i] & 0xFFFF0000u); }
+
+    /// The scale byte of the block.
+    __device__ __forceinline__ uint32_t scale(const mx::MxGrid& grid, uint32_t lanes) const {
+        uint32_t amax = 0;
+#pragma unroll
+        for (int i = 0; i < CHUNK / 2; ++i) amax = __vmaxu2(amax, pairs[i] & 0x7FFF7FFFu);
+        amax = __vmaxu2(amax, __shfl_xor_sync(lanes, amax, 1));
+        return mx::shared_scale(grid, max(amax << 16, amax & 0xFFFF0000u));
+    }
+};
+
+/// The values times the Hadamard matrix of their block, Sylvester's, over the square root of 32: F32, with the sums in the
+/// order of the host library, so that both round the same.
+struct RotatedChunk {
+    static constexpr bool IS_SMALL = false;
+
+    float values[CHUNK];
+
+    /// As `PlainChunk::load`.
+    __device__ __forceinline__ void load(const uint4* x, size_t index, uint32_t lanes) {
+        PlainChunk plain;
+        plain.load(x, index, lanes);
+        // The first stage adds and subtracts the halves of the block.
+        const bool is_upper = index % 2 != 0;
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            const float mine = i % 2 == 0 ? plain.low(i / 2) : plain.high(i / 2);
+            const float other = __shfl_xor_sync(lanes, mine, 1);
+            values[i] = is_upper ? other - mine : mine + other;
+        }
+#pragma unroll
+        for (int distance = CHUNK / 2; distance > 0; distance /= 2) {
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                if (i & distance) continue;
+                const float a = values[i], b = values[i + distance];
+                values[i] = a + b;
+                values[i + distance] = a - b;
+            }
+        }
+        // 1 / sqrt(32).
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) values[i] = __fmul_rn(values[i], 0.17677669f);
+    }
+
+    __device__ __forceinline__ float low(int i) const { return values[2 * i]; }
+    __device__ __forceinline__ float high(int i) const { return values[2 * i + 1]; }
+
+    /// As `PlainChunk::scale`.
+    __device__ __forceinline__ uint32_t scale(const mx::MxGrid& grid, uint32_t lanes) const {
+        uint32_t amax = 0;
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) amax = max(amax, __float_as_uint(values[i]) & 0x7FFFFFFFu);
+        return mx::shared_scale(grid, max(amax, __shfl_xor_sync(lanes, amax, 1)));
+    }
+};
+
+}  // namespace gemm
