@@ -1,6 +1,7 @@
 //! Reading weights ahead of whoever asks for them, while those before them are packed and on their way to a device.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;
 
@@ -38,8 +39,9 @@ impl<'a> ReadAhead<'a> {
 }
 
 fn read_all(checkpoint: &Checkpoint, modules: Vec<String>, sender: &SyncSender<Read>) {
+    let pool = Arc::default();
     for module in modules {
-        let tensor = checkpoint.linear(&module);
+        let tensor = checkpoint.linear_from(&pool, &module);
         if sender.send((module, tensor)).is_err() {
             return;
         }

@@ -15,7 +15,8 @@ use super::ops::{
     SampleOperator, Table, kv_block_bytes, kv_buffer_dtype,
 };
 use super::staging::Staging;
-use super::weight::{TiledWeight, Uploader};
+use super::upload::Uploader;
+use super::weight::TiledWeight;
 use crate::backend::{
     AttentionInputs, Backend, DeviceMemory, HeadNorm, Heads, InputWrite, LinearKernel, PagedKv, SampleParams,
     TokenLogprobs, WeightSource,
@@ -58,12 +59,12 @@ impl CudaBackend {
     /// Opens device `ordinal`; see [`Device::Cuda`](crate::Device::Cuda).
     pub(crate) fn open(ordinal: usize, strict: bool) -> Result<Self> {
         let context = Arc::new(Context::open(ordinal)?);
+        let memory = Arc::default();
         let state = State {
-            uploader: Uploader::new(&context)?,
+            uploader: Uploader::new(&context, &memory)?,
             staging: Staging::new(&context)?,
             readback: PinnedBuffer::new(&context, READBACK_BYTES)?,
         };
-        let memory = Arc::default();
         Ok(Self {
             linear: LinearOperator::new(&context, &memory, strict)?,
             embed: EmbedOperator::new(&context),

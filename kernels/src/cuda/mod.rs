@@ -8,7 +8,9 @@ mod launch;
 mod linear;
 mod memory;
 mod ops;
+mod pack;
 mod staging;
+mod upload;
 mod weight;
 
 pub(crate) use self::backend::CudaBackend;

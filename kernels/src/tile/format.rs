@@ -139,7 +139,7 @@ impl TileFormat {
     }
 
     /// How far the bits below a code's sign are shifted up to their place in a BF16 number; INT8's stay in place.
-    pub(super) const fn home_shift(self) -> u32 {
+    pub(crate) const fn home_shift(self) -> u32 {
         match self.element() {
             Some(element) if !element.spec().is_integer() => 7 - element.spec().mantissa_bits,
             _ => 0,

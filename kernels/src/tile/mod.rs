@@ -46,7 +46,9 @@ mod pack;
 mod tests;
 
 pub use decode::decode_row;
-pub use format::{MAX_DISTANCE, Moves, RowOrder, TileFormat, TileLayout, UnsupportedWeight};
+pub use format::{MAX_DISTANCE, Move, Moves, RowOrder, TileFormat, TileLayout, UnsupportedWeight};
+#[cfg(feature = "cuda")]
+pub(crate) use pack::find_row;
 pub use pack::pack;
 
 /// Rows of a tile.

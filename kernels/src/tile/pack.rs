@@ -1,4 +1,4 @@
-//! From the on-disk layout to tiles.
+//! From the on-disk layout to tiles: the definition. A GPU packs for itself (`cuda/pack.cu`), byte for byte the same.
 
 use half::{bf16, f16};
 
@@ -49,7 +49,7 @@ pub fn pack(
     for (row_tile, ((tiles, factors), spreads)) in (first..).zip(pieces) {
         let stride = layout.k_tiles() * TILE_COLS;
         for (row, codes) in codes.chunks_exact_mut(stride).enumerate() {
-            let source = layout.source_row(row_tile, row).and_then(|row| find(parts, row));
+            let source = layout.source_row(row_tile, row).and_then(|row| find_row(parts, row));
             (factors[row], spreads[row]) = match source {
                 Some((WeightSource::Mx { tensor, .. }, row_of_part)) => {
                     read_codes(tensor, row_of_part, &mut codes[..layout.shape[1]]);
@@ -66,7 +66,10 @@ pub fn pack(
 }
 
 /// The part that row `row` of the stack is in, and which of its rows it is.
-fn find<'p, 's>(parts: &'p [WeightSource<'s>], mut row: usize) -> Option<(&'p WeightSource<'s>, usize)> {
+pub(crate) fn find_row<'p, 's>(
+    parts: &'p [WeightSource<'s>],
+    mut row: usize,
+) -> Option<(&'p WeightSource<'s>, usize)> {
     for part in parts {
         let rows = part.shape()[0];
         if row < rows {
@@ -222,7 +225,7 @@ fn put(tile: &mut [u8], offset: usize, word: u32) {
 fn pack_dense(layout: &TileLayout, parts: &[WeightSource<'_>], row_tile: usize, tiles: &mut [u8]) {
     tiles.fill(0);
     for row in 0..TILE_ROWS {
-        let source = layout.source_row(row_tile, row).and_then(|row| find(parts, row));
+        let source = layout.source_row(row_tile, row).and_then(|row| find_row(parts, row));
         let Some((&WeightSource::Dense { dtype, shape, bytes }, row_of_part)) = source else { continue };
         let row_bytes = shape[1] * dtype.size_bytes();
         let values = &bytes[row_of_part * row_bytes..][..row_bytes];

@@ -4,6 +4,7 @@
 //! when asked for, so that a reader holds no more than it uses.
 
 mod activation;
+mod buffer;
 mod error;
 mod module_pattern;
 pub mod quantization;
@@ -12,6 +13,7 @@ mod shards;
 mod tensor;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kernels::DenseDtype;
 use kernels::mx::Scheme;
@@ -19,6 +21,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 pub use activation::ActivationChoice;
+pub use buffer::TensorBytes;
 pub use error::CheckpointError;
 pub use module_pattern::{InvalidPattern, ModulePattern};
 pub use quantization::Quantization;
@@ -28,6 +31,7 @@ pub use record::{
 pub use shards::{INDEX_FILE, SINGLE_FILE, TensorInfo};
 pub use tensor::{DenseTensor, LinearTensor, MxLinear, to_f32};
 
+pub(crate) use buffer::BufferPool;
 use record::RecordedSchemes;
 use shards::ShardSet;
 
@@ -166,8 +170,17 @@ impl Checkpoint {
     /// A tensor is missing or does not have the declared format, a scale is NaN, or the module is packed but not
     /// declared.
     pub fn linear(&self, module: &str) -> Result<LinearTensor, CheckpointError> {
+        self.linear_from(&Arc::default(), module)
+    }
+
+    /// As [`linear`](Self::linear), with memory from `pool`.
+    pub(crate) fn linear_from(
+        &self,
+        pool: &Arc<BufferPool>,
+        module: &str,
+    ) -> Result<LinearTensor, CheckpointError> {
         match self.scheme(module)? {
-            Some(scheme) => self.mx_linear(module, scheme).map(LinearTensor::Mx),
+            Some(scheme) => self.mx_linear(pool, module, scheme).map(LinearTensor::Mx),
             None => self.dense_linear(module).map(LinearTensor::Dense),
         }
     }
@@ -185,10 +198,23 @@ impl Checkpoint {
         Ok(tensor)
     }
 
-    fn mx_linear(&self, module: &str, scheme: Scheme) -> Result<MxLinear, CheckpointError> {
+    fn mx_linear(
+        &self,
+        pool: &Arc<BufferPool>,
+        module: &str,
+        scheme: Scheme,
+    ) -> Result<MxLinear, CheckpointError> {
         let (codes, scales, shape) = self.mx_parts(module, scheme)?;
-        let (code_bytes, scale_bytes) = (self.read(codes)?, self.read(scales)?);
-        if let Some(block) = scale_bytes.iter().position(|scale| *scale == E8M0_NAN) {
+        let read = |info: &TensorInfo| {
+            let mut bytes = pool.take(self.length(info)?);
+            self.shards.read(info, 0, bytes.as_mut_slice())?;
+            Ok(bytes)
+        };
+        let (code_bytes, scale_bytes) = (read(codes)?, read(scales)?);
+        // `contains` looks at many bytes at a time.
+        if scale_bytes.contains(&E8M0_NAN)
+            && let Some(block) = scale_bytes.iter().position(|scale| *scale == E8M0_NAN)
+        {
             let blocks = scheme.weight.format.scale_bytes(shape[1]);
             let reason = format!("the scale of row {}, block {} is NaN", block / blocks, block % blocks);
             return Err(self.tensor_error(scales, reason));
@@ -254,10 +280,13 @@ impl Checkpoint {
         Ok([rows, cols])
     }
 
+    fn length(&self, info: &TensorInfo) -> Result<usize, CheckpointError> {
+        usize::try_from(info.bytes)
+            .map_err(|_| self.tensor_error(info, "larger than the address space".to_owned()))
+    }
+
     fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
-        let length = usize::try_from(info.bytes)
-            .map_err(|_| self.tensor_error(info, "larger than the address space".to_owned()))?;
-        let mut bytes = vec![0; length];
+        let mut bytes = vec![0; self.length(info)?];
         self.shards.read(info, 0, &mut bytes)?;
         Ok(bytes)
     }

@@ -18,7 +18,7 @@ use super::CheckpointError;
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// Bytes that make a thread of their own worth while.
-const PARALLEL_READ_BYTES: usize = 4 << 20;
+const PARALLEL_READ_BYTES: usize = 1 << 20;
 
 /// Name of a checkpoint's only safetensors file.
 pub const SINGLE_FILE: &str = "model.safetensors";

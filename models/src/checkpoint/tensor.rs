@@ -4,6 +4,8 @@ use half::{bf16, f16};
 use kernels::mx::{MxTensor, MxTensorError, Scheme};
 use kernels::{DenseDtype, WeightSource};
 
+use super::TensorBytes;
+
 /// An unquantized tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DenseTensor {
@@ -50,8 +52,8 @@ pub enum LinearTensor {
 pub struct MxLinear {
     scheme: Scheme,
     shape: [usize; 2],
-    codes: Vec<u8>,
-    scales: Vec<u8>,
+    codes: TensorBytes,
+    scales: TensorBytes,
 }
 
 impl MxLinear {
@@ -62,9 +64,10 @@ impl MxLinear {
     pub fn new(
         scheme: Scheme,
         shape: [usize; 2],
-        codes: Vec<u8>,
-        scales: Vec<u8>,
+        codes: impl Into<TensorBytes>,
+        scales: impl Into<TensorBytes>,
     ) -> Result<Self, MxTensorError> {
+        let (codes, scales) = (codes.into(), scales.into());
         MxTensor::new(scheme.weight.format, shape, &codes, &scales)?;
         Ok(Self { scheme, shape, codes, scales })
     }
