@@ -8,10 +8,14 @@
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
 
+mod synthetic;
+
 use std::time::Instant;
 
-use kernels::mx::{ElementRounding, MxTensor, Scheme, Values, quantize_rows};
-use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
+use kernels::mx::Scheme;
+use kernels::{Backend, Component, Device, Dtype};
+
+use synthetic::{noise, upload};
 
 /// Linear layers of Llama-3.1-8B: name, `[N, K]`.
 const SHAPES: [(&str, [usize; 2]); 5] = [
@@ -68,9 +72,10 @@ fn main() {
 /// Measures one weight with every number of rows.
 fn measure(backend: &dyn Backend, label: &str, shape: [usize; 2], scheme: Option<Scheme>) {
     let [n, k] = shape;
-    let mut weights = vec![upload(backend, shape, scheme, 0)];
+    let mut weights = vec![upload(backend, shape, scheme, 0, false)];
     let bytes = weights[0].bytes();
-    weights.extend((1..UNCACHED_BYTES.div_ceil(bytes)).map(|copy| upload(backend, shape, scheme, copy)));
+    weights
+        .extend((1..UNCACHED_BYTES.div_ceil(bytes)).map(|copy| upload(backend, shape, scheme, copy, false)));
     for rows in ROWS.into_iter().filter(|rows| rows * n <= MAX_RESULT) {
         let alloc = |len| backend.alloc(Dtype::Bf16, len, Component::Workspace).expect("memory");
         let (mut x, mut out) = (alloc(rows * k), alloc(rows * n));
@@ -109,44 +114,4 @@ fn time(backend: &dyn Backend, mut step: impl FnMut()) -> f64 {
     let mut secs: Vec<f64> = (0..SAMPLES).map(|_| sample(replays)).collect();
     secs.sort_by(f64::total_cmp);
     secs[SAMPLES / 2]
-}
-
-/// Random weights.
-fn upload(backend: &dyn Backend, [rows, cols]: [usize; 2], scheme: Option<Scheme>, seed: usize) -> Weight {
-    // One row of tiles is random, the others repeat it: made quickly, and as slow to read.
-    let period = 64.min(rows);
-    let values: Vec<u8> = noise(period * cols, 0.02, seed as u32 + 1)
-        .into_iter()
-        .flat_map(|x| half::bf16::from_f32(x).to_le_bytes())
-        .collect();
-    let repeat =
-        |bytes: &[u8]| bytes.iter().copied().cycle().take(bytes.len() / period * rows).collect::<Vec<u8>>();
-    let Some(scheme) = scheme else {
-        let bytes = repeat(&values);
-        let source = WeightSource::Dense { dtype: DenseDtype::Bf16, shape: [rows, cols], bytes: &bytes };
-        return backend.upload(&[source], None).expect("memory");
-    };
-    let format = scheme.weight.format;
-    let mut codes = vec![0; format.code_bytes(period * cols)];
-    let mut scales = vec![0; format.scale_bytes(period * cols)];
-    let (rounding, values) = (ElementRounding::NearestEven, Values::Bf16(&values));
-    quantize_rows(scheme.weight, rounding, values, 0, &mut codes, &mut scales).expect("finite weights");
-    let (codes, scales) = (repeat(&codes), repeat(&scales));
-    let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
-    let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
-    backend
-        .upload(&[WeightSource::Mx { tensor, scale_rounding, activation, rotation: None }], None)
-        .expect("memory")
-}
-
-/// Uniform numbers of standard deviation `deviation`.
-fn noise(len: usize, deviation: f32, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        state as f32 / u32::MAX as f32 - 0.5
-    };
-    (0..len).map(|_| next() * deviation * 12_f32.sqrt()).collect()
 }

@@ -7,12 +7,16 @@
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
 
+mod synthetic;
+
 use std::time::Instant;
 
 use kernels::{
     AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KV_BLOCK_TOKENS, KvCacheDtype,
     PagedKv, SampleParams, open,
 };
+
+use synthetic::noise;
 
 /// Llama-3.1-8B.
 const HEADS: Heads = Heads { q: 32, kv: 8, dim: 128 };
@@ -183,7 +187,7 @@ fn sample(gpu: &dyn Backend, _: KvCacheDtype) {
     ];
     for rows in [1, 16, 64] {
         let mut logits = gpu.alloc(Dtype::F32, rows * VOCABULARY, Component::Workspace).expect("memory");
-        gpu.write_f32(&mut logits, 0, &noise(rows * VOCABULARY, 8.0));
+        gpu.write_f32(&mut logits, 0, &noise(rows * VOCABULARY, 5.0, 1));
         let mut out = gpu.alloc(Dtype::U32, rows, Component::Workspace).expect("memory");
         for (name, params) in kinds {
             // Parameters come from the host: not recorded.
@@ -223,7 +227,7 @@ fn median(gpu: &dyn Backend, mut run: impl FnMut()) -> f64 {
 fn activations(gpu: &dyn Backend, len: usize) -> Buffer {
     let mut buffer = gpu.alloc(Dtype::Bf16, len, Component::Workspace).expect("memory");
     // Enough random numbers that no operator finds shortcuts; the rest stays zero.
-    gpu.write_f32(&mut buffer, 0, &noise(len.min(1 << 22), 1.0));
+    gpu.write_f32(&mut buffer, 0, &noise(len.min(1 << 22), 0.6, 1));
     buffer
 }
 
@@ -231,16 +235,4 @@ fn integers(gpu: &dyn Backend, values: &[u32]) -> Buffer {
     let mut buffer = gpu.alloc(Dtype::U32, values.len(), Component::Workspace).expect("memory");
     gpu.write_u32(&mut buffer, 0, values);
     buffer
-}
-
-/// Numbers in [-scale, scale].
-fn noise(len: usize, scale: f32) -> Vec<f32> {
-    let mut state = 0x9E37_79B9_u32;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        (state as f32 / u32::MAX as f32 - 0.5) * 2.0 * scale
-    };
-    (0..len).map(|_| next()).collect()
 }

@@ -1,17 +1,22 @@
-//! A decode step's layers on a GPU, recorded as a server records them: time per layer, and what each kind of operator
-//! adds to it. Operators overlap with their neighbours, so that the parts are found by leaving each out.
+//! The layers of a decode step and of a prompt's on a GPU, recorded as a server records decode steps: time per layer, and
+//! what each kind of operator adds to it. Operators overlap with their neighbours, so that the parts are found by leaving
+//! each out.
 //!
 //! `cargo bench -p kernels --features cuda --bench cuda_step [-- SCHEME…]`
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
 
+mod synthetic;
+
 use std::time::Instant;
 
-use kernels::mx::{ElementRounding, MxTensor, Scheme, Values, quantize_rows};
+use kernels::mx::Scheme;
 use kernels::{
     AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KV_BLOCK_TOKENS, KvCacheDtype,
-    PagedKv, Weight, WeightSource,
+    PagedKv, Weight,
 };
+
+use synthetic::{noise, upload};
 
 /// Llama-3.1-8B.
 const HEADS: Heads = Heads { q: 32, kv: 8, dim: 128 };
@@ -21,12 +26,13 @@ const INTERMEDIATE: usize = 14_336;
 /// Layers with weights of their own, enough that no cache holds them.
 const LAYERS: usize = 8;
 
-/// Tokens of each sequence's cache.
-const CONTEXT: usize = 256;
+/// Steps that are timed: sequences, rows of each, and tokens in each one's cache.
+const STEPS: [[usize; 3]; 6] =
+    [[1, 1, 256], [8, 1, 256], [16, 1, 256], [64, 1, 256], [256, 1, 256], [2, 4096, 4096]];
 
-/// Times that are taken, and replays between two looks at the clock.
+/// Times that are taken, and replays between two looks at the clock: of decode steps, and of prompts.
 const SAMPLES: usize = 9;
-const REPLAYS: usize = 20;
+const REPLAYS: [usize; 2] = [20, 2];
 
 /// Kinds of operators that can be left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +52,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let schemes = if wanted.is_empty() { vec!["mxfp4".to_owned(), "mxfp8".to_owned()] } else { wanted };
+    let schemes = if wanted.is_empty() { vec!["mxfp4".to_owned(), "w4a8".to_owned()] } else { wanted };
     println!(
         "scheme   rows        us per layer; us less without an operator: {PARTS:?}; us in replays one by one"
     );
@@ -54,8 +60,9 @@ fn main() {
         let scheme: Scheme = label.parse().expect("a scheme");
         let gpu = kernels::open(device).expect("the device opens");
         let layers: Vec<Layer> = (0..LAYERS).map(|seed| Layer::new(gpu.as_ref(), scheme, seed)).collect();
-        for rows in [1, 8, 16, 64, 256] {
-            let mut step = Step::new(gpu.as_ref(), rows);
+        for sizes in STEPS {
+            let mut step = Step::new(gpu.as_ref(), sizes);
+            let rows = step.rows;
             let (all, waited) = step.time(&layers, &PARTS);
             let parts: Vec<String> = PARTS
                 .iter()
@@ -80,7 +87,7 @@ struct Layer {
 
 impl Layer {
     fn new(gpu: &dyn Backend, scheme: Scheme, seed: usize) -> Self {
-        let upload = |shape, part| upload(gpu, shape, scheme, seed * 4 + part, part == 2);
+        let upload = |shape, part| upload(gpu, shape, Some(scheme), seed * 4 + part, part == 2);
         Self {
             qkv: upload([HEADS.qkv_width(), HIDDEN], 0),
             output: upload([HIDDEN, HEADS.q_width()], 1),
@@ -99,6 +106,8 @@ impl Layer {
 struct Step<'a> {
     gpu: &'a dyn Backend,
     rows: usize,
+    sequences: usize,
+    context: usize,
     slots: Buffer,
     query_start: Buffer,
     context_lens: Buffer,
@@ -115,8 +124,8 @@ struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    fn new(gpu: &'a dyn Backend, rows: usize) -> Self {
-        let blocks = CONTEXT / KV_BLOCK_TOKENS;
+    fn new(gpu: &'a dyn Backend, [sequences, each, context]: [usize; 3]) -> Self {
+        let (rows, blocks) = (sequences * each, context / KV_BLOCK_TOKENS);
         let integers = |values: Vec<u32>| {
             let mut buffer = gpu.alloc(Dtype::U32, values.len(), Component::Workspace).expect("memory");
             gpu.write_u32(&mut buffer, 0, &values);
@@ -127,15 +136,18 @@ impl<'a> Step<'a> {
             gpu.write_f32(&mut buffer, 0, &noise(rows * width, 1.0, 3));
             buffer
         };
-        let last_slot = |row: usize| ((row + 1) * CONTEXT - 1) as u32;
-        let cache = |_| gpu.alloc_kv(rows * blocks, HEADS, KvCacheDtype::Bf16).expect("memory");
+        // The last ones of the sequence's context.
+        let slot = |row: usize| ((row / each + 1) * context - each + row % each) as u32;
+        let cache = |_| gpu.alloc_kv(sequences * blocks, HEADS, KvCacheDtype::Bf16).expect("memory");
         Self {
             gpu,
             rows,
-            slots: integers((0..rows).map(last_slot).collect()),
-            query_start: integers((0..=rows as u32).collect()),
-            context_lens: integers(vec![CONTEXT as u32; rows]),
-            block_tables: integers((0..(rows * blocks) as u32).collect()),
+            sequences,
+            context,
+            slots: integers((0..rows).map(slot).collect()),
+            query_start: integers((0..=sequences).map(|sequence| (sequence * each) as u32).collect()),
+            context_lens: integers(vec![context as u32; sequences]),
+            block_tables: integers((0..(sequences * blocks) as u32).collect()),
             caches: (0..LAYERS).map(cache).collect(),
             rope: floats(Dtype::F32, HEADS.dim),
             residual: floats(Dtype::F32, HIDDEN),
@@ -150,7 +162,7 @@ impl<'a> Step<'a> {
 
     /// The operators of one layer that are of `parts`.
     fn layer(&mut self, layer: &Layer, index: usize, parts: &[Part]) {
-        let Self { gpu, rows, .. } = *self;
+        let Self { gpu, rows, sequences, context, .. } = *self;
         let has = |part| parts.contains(&part);
         if has(Part::Norms) {
             gpu.add_rms_norm(&self.delta, &mut self.residual, &layer.norm, 1e-5, rows, &mut self.normed);
@@ -165,11 +177,11 @@ impl<'a> Step<'a> {
         if has(Part::Attention) {
             let inputs = AttentionInputs {
                 rows,
-                sequences: rows,
+                sequences,
                 query_start: &self.query_start,
                 context_lens: &self.context_lens,
                 block_tables: &self.block_tables,
-                max_blocks: CONTEXT / KV_BLOCK_TOKENS,
+                max_blocks: context / KV_BLOCK_TOKENS,
             };
             gpu.paged_attention(&self.qkv, HEADS, 0.088, None, &inputs, cache, &mut self.attention);
         }
@@ -207,46 +219,6 @@ impl<'a> Step<'a> {
             times.sort_by(f64::total_cmp);
             times[SAMPLES / 2]
         };
-        (median(REPLAYS), median(1))
+        (median(REPLAYS[usize::from(self.rows > self.sequences)]), median(1))
     }
-}
-
-/// Random weights: one row of tiles is random, the others repeat it.
-fn upload(
-    gpu: &dyn Backend,
-    [rows, cols]: [usize; 2],
-    scheme: Scheme,
-    seed: usize,
-    is_gated: bool,
-) -> Weight {
-    let period = 64;
-    let values: Vec<u8> = noise(period * cols, 0.02, seed as u32 + 1)
-        .into_iter()
-        .flat_map(|x| half::bf16::from_f32(x).to_le_bytes())
-        .collect();
-    let repeat =
-        |bytes: &[u8]| bytes.iter().copied().cycle().take(bytes.len() / period * rows).collect::<Vec<u8>>();
-    let format = scheme.weight.format;
-    let mut codes = vec![0; format.code_bytes(period * cols)];
-    let mut scales = vec![0; format.scale_bytes(period * cols)];
-    let (rounding, values) = (ElementRounding::NearestEven, Values::Bf16(&values));
-    quantize_rows(scheme.weight, rounding, values, 0, &mut codes, &mut scales).expect("finite weights");
-    let (codes, scales) = (repeat(&codes), repeat(&scales));
-    let tensor = MxTensor::new(format, [rows, cols], &codes, &scales).expect("sizes of the format");
-    let (scale_rounding, activation) = (scheme.weight.scale_rounding, scheme.activation);
-    let source = [WeightSource::Mx { tensor, scale_rounding, activation, rotation: None }];
-    let weight = if is_gated { gpu.upload_gated(&source, None) } else { gpu.upload(&source, None) };
-    weight.expect("memory")
-}
-
-/// Uniform numbers of standard deviation `deviation`.
-fn noise(len: usize, deviation: f32, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        state as f32 / u32::MAX as f32 - 0.5
-    };
-    (0..len).map(|_| next() * deviation * 12_f32.sqrt()).collect()
 }
