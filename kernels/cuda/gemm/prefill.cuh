@@ -305,11 +305,10 @@ struct Prefill {
     }
 
     /// As `multiply`, in E4M3. The tensor core adds with fewer bits than FP32 has, so every 128 of K go through accumulators of
-    /// their own, half of the tokens at a time. The warpgroups take turns, so that one multiplies while the other adds up.
+    /// their own. The warpgroups take turns, so that one multiplies while the other adds up.
     __device__ __forceinline__ void multiply_promoting(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
-        constexpr int PART = 128;
         const uint32_t group = threadIdx.x / 128 - 1;
-        float sums[PART / 2];
+        float sums[TOKENS / 2];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
         for (uint32_t k_tile = 0; k_tile < tiles; k_tile += L::STAGE_TILES, at.advance()) {
@@ -317,24 +316,20 @@ struct Prefill {
             const uint64_t x = ptx::swizzled_descriptor(x_stages + at.stage * L::X_BYTES);
             const uint64_t w = ptx::swizzled_descriptor(
                 ptx::shared_address(w_stages) + at.stage * L::W_BYTES + group * 64 * X_ROW_BYTES);
+            ptx::named_barrier(TURN_BARRIER + group, 256);
+            ptx::wgmma_fence();
 #pragma unroll
-            for (int p = 0; p < TOKENS / PART; ++p) {
-                ptx::named_barrier(TURN_BARRIER + group, 256);
-                ptx::wgmma_fence();
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    ptx::SharedWgmma<Operand::E4m3, PART>::run(
-                        sums, w + ptx::descriptor_step(32 * j),
-                        x + ptx::descriptor_step(p * PART * X_ROW_BYTES + 32 * j), j > 0);
-                }
-                ptx::wgmma_commit();
-                ptx::named_barrier_arrive(TURN_BARRIER + 1 - group, 256);
-                ptx::wgmma_wait<0>();
-                ptx::pin(sums);
-                if (p == TOKENS / PART - 1) release(at.stage);
-#pragma unroll
-                for (int i = 0; i < PART / 2; ++i) acc[p * (PART / 2) + i] += sums[i];
+            for (int j = 0; j < 4; ++j) {
+                ptx::SharedWgmma<Operand::E4m3, TOKENS>::run(sums, w + ptx::descriptor_step(32 * j),
+                                                             x + ptx::descriptor_step(32 * j), j > 0);
             }
+            ptx::wgmma_commit();
+            ptx::named_barrier_arrive(TURN_BARRIER + 1 - group, 256);
+            ptx::wgmma_wait<0>();
+            ptx::pin(sums);
+            release(at.stage);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i) acc[i] += sums[i];
         }
     }
 };

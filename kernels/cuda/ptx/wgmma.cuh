@@ -52,6 +52,8 @@ struct Wgmma;
 #define MX_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
 #define MX_R32 MX_R0 MX_R10(1) MX_R10(2) "%30, %31"
 #define MX_R64 MX_R0 MX_R10(1) MX_R10(2) MX_R10(3) MX_R10(4) MX_R10(5) "%60, %61, %62, %63"
+#define MX_R96 \
+    MX_R0 MX_R10(1) MX_R10(2) MX_R10(3) MX_R10(4) MX_R10(5) MX_R10(6) MX_R10(7) MX_R10(8) "%90, %91, %92, %93, %94, %95"
 #define MX_R128                                                                                             \
     MX_R0 MX_R10(1) MX_R10(2) MX_R10(3) MX_R10(4) MX_R10(5) MX_R10(6) MX_R10(7) MX_R10(8) MX_R10(9) MX_R10( \
         10) MX_R10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
@@ -59,6 +61,7 @@ struct Wgmma;
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MX_D32(i) MX_D8(i), MX_D8(i + 8), MX_D8(i + 16), MX_D8(i + 24)
 #define MX_D64 MX_D32(0), MX_D32(32)
+#define MX_D96 MX_D64, MX_D32(64)
 #define MX_D128 MX_D64, MX_D32(64), MX_D32(96)
 
 #define MX_WGMMA(OPERAND, SHAPE_TYPES, N, COUNT, REGISTERS, LIST, A0, A1, A2, A3, B, P, TAIL)                         \
@@ -83,21 +86,23 @@ template <Operand OPERAND, int N>
 struct SharedWgmma;
 
 template <>
-struct SharedWgmma<Operand::E4m3, 128> {
-    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MX_R64 "}, %64, %65, p, 1, 1;\n}"
-                     : MX_D64
+struct SharedWgmma<Operand::E4m3, 192> {
+    static __device__ __forceinline__ void run(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" MX_R96 "}, %96, %97, p, 1, 1;\n}"
+                     : MX_D96
                      : "l"(a), "l"(b), "r"(uint32_t(accumulate)));
     }
 };
 
 #undef MX_WGMMA
 #undef MX_D128
+#undef MX_D96
 #undef MX_D64
 #undef MX_D32
 #undef MX_D8
 #undef MX_R128
+#undef MX_R96
 #undef MX_R64
 #undef MX_R32
 #undef MX_R0

@@ -12,7 +12,12 @@ const CLUSTERS: [u32; TOKENS.len()] = [1, 1, 2];
 /// Warpgroups of a block that multiply 64 rows of the weight each, for each of [`TOKENS`]. Few tokens leave registers for
 /// four, which hide each other's waits.
 const GROUPS: [u32; TOKENS.len()] = [4, 2, 2];
+/// Those of the kernel for E4M3.
+const E4M3_GROUPS: u32 = 2;
 const GROUP_ROWS: usize = 64;
+
+/// Tokens that a block of the kernel for E4M3 computes at a time: as many as its two sets of accumulators have registers.
+const E4M3_TOKENS: u32 = 192;
 
 /// Rows of the weight that are expanded as a block of E4M3.
 pub(super) const EXPANDED_ROWS: usize = 128;
@@ -34,8 +39,8 @@ const EXPANDED_BYTES: usize = 128 << 20;
 
 /// Clock cycles of a block for each of [`TOKENS`] and 64 of K with BF16, measured, and what it takes besides.
 const BF16_CYCLES: [f64; TOKENS.len()] = [1060.0, 740.0, 1160.0];
-/// As above with E4M3 and the largest of [`TOKENS`].
-const E4M3_CYCLES: f64 = 665.0;
+/// As above with E4M3.
+const E4M3_CYCLES: f64 = 480.0;
 const BLOCK_CYCLES: f64 = 5000.0;
 /// What adding up parts of K takes, and bytes of a result that a block writes and reads for it in a cycle.
 const EXCHANGE_CYCLES: f64 = 3000.0;
@@ -57,7 +62,7 @@ pub(super) enum Operand {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Plan {
     pub(super) operand: Operand,
-    /// Which of [`TOKENS`].
+    /// Which of [`TOKENS`], with BF16.
     pub(super) tokens: usize,
     /// Blocks of tokens between which x stays in L2.
     pub(super) group: u32,
@@ -72,29 +77,29 @@ impl Plan {
     /// The plan for `rows` rows and weights of `layout`. `e4m3` allows E4M3.
     pub(super) fn new(rows: usize, layout: &TileLayout, e4m3: bool, sm_count: u32) -> Self {
         let row_tiles = layout.row_tiles();
-        let group = |tokens: usize| GROUP_TOKENS / TOKENS[tokens];
         let (bf16_cycles, tokens, parts) = (0..TOKENS.len())
             .map(|tokens| {
-                let blocks = Blocks::new(tokens, CLUSTERS[tokens], rows, row_tiles, sm_count);
+                let block = [GROUPS[tokens], TOKENS[tokens]];
+                let blocks = Blocks::new(block, CLUSTERS[tokens], rows, row_tiles, sm_count);
                 let (cycles, parts) = blocks.cut(layout.k_tiles(), BF16_CYCLES[tokens]);
                 (cycles, tokens, parts)
             })
             .min_by(|a, b| a.0.total_cmp(&b.0))
             .expect("there are kernels");
-        let bf16 =
-            Self { operand: Operand::Bf16, tokens, group: group(tokens), chunk_row_tiles: row_tiles, parts };
+        let group = GROUP_TOKENS / TOKENS[tokens];
+        let bf16 = Self { operand: Operand::Bf16, tokens, group, chunk_row_tiles: row_tiles, parts };
         if !e4m3 {
             return bf16;
         }
-        let tokens = TOKENS.len() - 1;
         let (chunk, chunks) = chunk(layout);
         let expand_bytes = layout.bytes() + expanded_bytes(row_tiles, layout.k_tiles());
-        let (chunk_cycles, parts) =
-            Blocks::new(tokens, 1, rows, chunk, sm_count).cut(layout.k_tiles(), E4M3_CYCLES);
+        let (chunk_cycles, parts) = Blocks::new([E4M3_GROUPS, E4M3_TOKENS], 1, rows, chunk, sm_count)
+            .cut(layout.k_tiles(), E4M3_CYCLES);
         let e4m3_cycles = chunks as f64 * (chunk_cycles + 2.0 * LAUNCH_CYCLES)
             + expand_bytes as f64 / EXPAND_BYTES_PER_CYCLE;
         if e4m3_cycles < bf16_cycles {
-            Self { operand: Operand::E4m3, tokens, group: group(tokens), chunk_row_tiles: chunk, parts }
+            let group = GROUP_TOKENS / E4M3_TOKENS;
+            Self { operand: Operand::E4m3, tokens, group, chunk_row_tiles: chunk, parts }
         } else {
             bf16
         }
@@ -102,12 +107,18 @@ impl Plan {
 
     /// Tokens that a block computes at a time.
     fn block_tokens(&self) -> u32 {
-        TOKENS[self.tokens]
+        match self.operand {
+            Operand::Bf16 => TOKENS[self.tokens],
+            Operand::E4m3 => E4M3_TOKENS,
+        }
     }
 
     /// Warpgroups of a block that multiply.
     pub(super) fn groups(&self) -> u32 {
-        GROUPS[self.tokens]
+        match self.operand {
+            Operand::Bf16 => GROUPS[self.tokens],
+            Operand::E4m3 => E4M3_GROUPS,
+        }
     }
 
     /// Blocks of the kernel's cluster, which load a part of x each.
@@ -133,8 +144,9 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn new(tokens: usize, cluster: u32, rows: usize, row_tiles: usize, sm_count: u32) -> Self {
-        let (block_rows, block_tokens) = (GROUPS[tokens] as usize * GROUP_ROWS, TOKENS[tokens] as usize);
+    /// Those of `groups` warpgroups and `tokens` tokens.
+    fn new([groups, tokens]: [u32; 2], cluster: u32, rows: usize, row_tiles: usize, sm_count: u32) -> Self {
+        let (block_rows, block_tokens) = (groups as usize * GROUP_ROWS, tokens as usize);
         let row_blocks = (row_tiles * TILE_ROWS).div_ceil(block_rows * cluster as usize);
         Self {
             count: row_blocks * rows.div_ceil(block_tokens),
@@ -186,7 +198,7 @@ mod tests {
         let plan = Plan::new(4096, &layout([28672, 4096]), false, 132);
         assert_eq!((plan.operand, plan.block_tokens()), (Operand::Bf16, 256));
         let plan = Plan::new(4096, &layout([28672, 4096]), true, 132);
-        assert_eq!((plan.operand, plan.block_tokens()), (Operand::E4m3, 256));
+        assert_eq!((plan.operand, plan.block_tokens()), (Operand::E4m3, 192));
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl Prefill {
         let charge = account.charge(Component::Workspace, partial_sums.bytes() + arrivals.bytes());
         Ok(Self {
             packed: PACKED.iter().map(|names| names.map(function)).collect(),
-            expanded: function("prefill_expanded_256"),
+            expanded: function("prefill_expanded_192"),
             expand: [
                 (TileFormat::E2m1, function("expand_e2m1")),
                 (TileFormat::E2m3, function("expand_e2m3")),
