@@ -4,13 +4,14 @@
 #include "gemm/decode.cuh"
 
 #define DECODE(NAME, FORMAT, M_TILE, SEGMENTS, STAGE_TILES, STAGES)                                  \
-    extern "C" __global__ void __launch_bounds__(512) decode_##NAME##_m##M_TILE##_k##SEGMENTS(       \
+    extern "C" __global__ void __launch_bounds__(512, 1) decode_##NAME##_m##M_TILE##_k##SEGMENTS(       \
         const __grid_constant__ decode::Params p) {                                                  \
         decode::gemm<tile::Format::FORMAT, M_TILE, 16, SEGMENTS, STAGE_TILES, STAGES>(p);            \
     }
 
 // Few rows leave room for a deep ring; with more of them x needs the space.
 #define DECODE_FORMAT(NAME, FORMAT, SEGMENTS, STAGE_TILES, STAGES, SMALL_STAGE_TILES, SMALL_STAGES) \
+    DECODE(NAME, FORMAT, 1, SEGMENTS, STAGE_TILES, STAGES)                                          \
     DECODE(NAME, FORMAT, 8, SEGMENTS, STAGE_TILES, STAGES)                                          \
     DECODE(NAME, FORMAT, 16, SEGMENTS, SMALL_STAGE_TILES, SMALL_STAGES)
 

@@ -9,13 +9,14 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
+#include "gemm/decode_sums.cuh"
 #include "mx/tile.cuh"
 #include "ops/swiglu.cuh"
-#include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/launch.cuh"
-#include "ptx/mma.cuh"
 
 namespace decode {
 
@@ -34,7 +35,7 @@ struct Params {
     int is_gated;            // rows g and g + 8 of tile i are gate and up of result 8 i + g: `out` is silu(gate) * up
 };
 
-/// Shared memory: ring | barriers | sums | x.
+/// Shared memory: ring | barriers | sums | x, and as much as a group of tiles has of it, which may be read beyond the end.
 template <tile::Format FORMAT, int M_TILE, int WARPS, int SEGMENTS, int STAGE_TILES, int STAGES>
 struct Shape {
     static constexpr int TILE_BYTES = tile::bytes(FORMAT);
@@ -54,9 +55,6 @@ struct Shape {
     __host__ __device__ static constexpr int x_offset(int m) { return SUMS + 2 * sum_bytes(m); }
     /// Bytes from a token of x to the next: eight neighbours lie in different banks.
     __host__ __device__ static constexpr int x_stride(int k_tiles) { return k_tiles * 128 + 16; }
-    static constexpr int shared_bytes(int m, int k_tiles, int cluster) {
-        return x_offset(m) + m * x_stride((k_tiles + cluster - 1) / cluster);
-    }
 };
 
 /// The sum of `COUNT` values, `stride` apart: neighbours first, then pairs of them, and so on.
@@ -69,60 +67,52 @@ __device__ __forceinline__ float tree_sum(const float* values, int stride) {
     }
 }
 
-/// Brings columns `64 first_tile ..` of x to shared memory, `tiles * 64` of them; those beyond K, a multiple of 8, are
-/// zeros. The calling thread's part is there on return.
+/// The eight BF16 of `values` times 2^EXPONENT.
+template <int EXPONENT>
+__device__ __forceinline__ uint4 scaled(uint4 values) {
+    if constexpr (EXPONENT == 0) return values;
+    constexpr uint32_t FACTOR = (127 + EXPONENT) << 7;
+    return make_uint4(tile::multiply_low(values.x, FACTOR), tile::multiply_low(values.y, FACTOR),
+                      tile::multiply_low(values.z, FACTOR), tile::multiply_low(values.w, FACTOR));
+}
+
+/// Brings columns `64 first_tile ..` of x, times 2^EXPONENT, to shared memory, `tiles * 64` of them; those beyond K, a
+/// multiple of 8, are zeros. As many loads as registers allow are on their way at once: bulk copies would queue behind those
+/// of the weights, and asynchronous ones would have to be multiplied afterwards.
+template <int EXPONENT, int M_TILE>
 __device__ __forceinline__ void load_x(uint8_t* shared, const Params& p, int first_tile, int tiles, int stride) {
-    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS;
-    const __nv_bfloat16* row = p.x + first;
-    uint32_t target = ptx::shared_address(shared);
-    // All on their way at once. Bulk copies would queue behind those of the weights.
-    for (int m = 0; m < p.m; ++m, row += p.k, target += stride) {
-        for (int column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
-            const bool present = first + column < p.k;
-            ptx::copy_async(target + column * 2, present ? row + column : p.x, present);
+    constexpr int VECTOR = 8, ROWS = M_TILE == 1 ? 1 : 8, COLUMNS = M_TILE == 1 ? 4 : 1;
+    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS, step = blockDim.x * VECTOR;
+    for (int start = threadIdx.x * VECTOR; start < columns; start += COLUMNS * step) {
+        for (int row = 0; row < p.m; row += ROWS) {
+            uint4 values[COLUMNS][ROWS];
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i) {
+                const int column = first + start + i * step;
+#pragma unroll
+                for (int j = 0; j < ROWS; ++j) {
+                    const bool present = row + j < p.m && column < p.k;
+                    const __nv_bfloat16* from = p.x + size_t(row + j) * p.k + column;
+                    values[i][j] = present ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i) {
+                const int column = start + i * step;
+#pragma unroll
+                for (int j = 0; j < ROWS; ++j) {
+                    if (row + j >= p.m || column >= columns) continue;
+                    *reinterpret_cast<uint4*>(shared + (row + j) * stride + column * 2) = scaled<EXPONENT>(values[i][j]);
+                }
+            }
         }
     }
-    ptx::copy_commit();
-    ptx::copy_wait<0>();
-}
-
-/// As `ptx::load_matrices`, from memory that nobody writes any more: other accesses may move across it.
-__device__ __forceinline__ void load_constant_matrices(uint32_t (&m)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row));
-}
-
-/// Multiplies one tile by the x of its columns: `x` are the lane's addresses of the rows that it loads. Each half of the
-/// tile along K has sums of its own, which are added in the end: two chains of dependent products overlap.
-template <tile::Format FORMAT, int M_TILE>
-__device__ __forceinline__ void multiply_tile(float (&sums)[2][M_TILE / 8][4], const uint8_t* tile, int lane,
-                                              const uint32_t (&x)[M_TILE / 8], int offset) {
-    tile::Lane<FORMAT> weights;
-    weights.load(tile, lane);
-    uint32_t a[4], b[2][M_TILE / 8][4];
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) {
-        load_constant_matrices(b[0][j], x[j] + offset);
-        load_constant_matrices(b[1][j], x[j] + offset + 64);
-    }
-    weights.template fragment<0>(a);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[0][j], a, b[0][j][0], b[0][j][1]);
-    weights.template fragment<2>(a);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[1][j], a, b[1][j][0], b[1][j][1]);
-    weights.template fragment<1>(a);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[0][j], a, b[0][j][2], b[0][j][3]);
-    weights.template fragment<3>(a);
-#pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) ptx::mma_bf16(sums[1][j], a, b[1][j][2], b[1][j][3]);
 }
 
 /// As `finish`, for a gated product: two sums to a result.
 template <int SEGMENTS>
-__device__ __forceinline__ void finish_gated(const Params& p, const float* sums, int sum_stride, int row_tile, int thread) {
+__device__ __forceinline__ void finish_gated(const Params& p, const float* sums, int sum_stride, int row_tile, int thread,
+                                             float factor) {
     constexpr int ROWS = tile::ROWS / 2;
     const int half = p.n / 2;
     for (int i = thread; i < ROWS * p.m; i += 32 * SEGMENTS) {
@@ -133,28 +123,67 @@ __device__ __forceinline__ void finish_gated(const Params& p, const float* sums,
         for (int h = 0; h < 2; ++h) {
             const int in_tile = row + ROWS * h;
             const float sum = tree_sum<SEGMENTS>(sums + in_tile * sum_stride + token, tile::ROWS * sum_stride);
-            values[h] = sum * p.factors[row_tile * tile::ROWS + in_tile] + (p.bias != nullptr ? p.bias[n + half * h] : 0.0f);
+            values[h] = sum * (p.factors[row_tile * tile::ROWS + in_tile] * factor) + (p.bias != nullptr ? p.bias[n + half * h] : 0.0f);
         }
         static_cast<__nv_bfloat16*>(p.out)[size_t(token) * p.out_width + n] =
             __float2bfloat16(ops::swiglu(values[0], values[1]));
     }
 }
 
-/// Adds up the segments of one row of tiles and writes the results; by `32 * SEGMENTS` threads.
+/// Adds up the segments of one row of tiles and writes the results, times `factor`; by `32 * SEGMENTS` threads.
 template <int SEGMENTS>
-__device__ __forceinline__ void finish(const Params& p, const float* sums, int sum_stride, int row_tile, int thread) {
-    if (p.is_gated) return finish_gated<SEGMENTS>(p, sums, sum_stride, row_tile, thread);
+__device__ __forceinline__ void finish(const Params& p, const float* sums, int sum_stride, int row_tile, int thread,
+                                       float factor) {
+    if (p.is_gated) return finish_gated<SEGMENTS>(p, sums, sum_stride, row_tile, thread, factor);
     for (int i = thread; i < tile::ROWS * p.m; i += 32 * SEGMENTS) {
         const int token = i / tile::ROWS, row = i % tile::ROWS, n = row_tile * tile::ROWS + row;
         if (n >= p.n) continue;
         const float sum = tree_sum<SEGMENTS>(sums + row * sum_stride + token, tile::ROWS * sum_stride);
-        const float value = sum * p.factors[n] + (p.bias != nullptr ? p.bias[n] : 0.0f);
+        const float value = sum * (p.factors[n] * factor) + (p.bias != nullptr ? p.bias[n] : 0.0f);
         const size_t at = size_t(token) * p.out_width + p.column + n;
         if (p.out_is_f32) {
             static_cast<float*>(p.out)[at] = value;
         } else {
             static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(value);
         }
+    }
+}
+
+/// Multiplies the tiles of a group, of which there are `left`, stage by stage: `arrived` waits for the next one and says
+/// where its tiles are, `done` says that they are not needed any more.
+template <int STAGE_TILES, typename WarpSums, typename Arrived, typename Done>
+__device__ __forceinline__ void multiply_stages(WarpSums& sums, int left, Arrived arrived, Done done, int lane) {
+    constexpr int TILE_BYTES = WarpSums::TILE_BYTES;
+    auto tiles_of = [&](auto first, bool all) {
+        constexpr int FIRST = decltype(first)::value;
+        const uint8_t* tiles = arrived();
+        if constexpr (STAGE_TILES >= 1) sums.template multiply<FIRST>(tiles, lane);
+        if constexpr (STAGE_TILES >= 2) {
+            if (all || left > FIRST + 1) sums.template multiply<FIRST + 1>(tiles + TILE_BYTES, lane);
+        }
+        if constexpr (STAGE_TILES >= 4) {
+            if (all || left > FIRST + 2) sums.template multiply<FIRST + 2>(tiles + 2 * TILE_BYTES, lane);
+            if (all || left > FIRST + 3) sums.template multiply<FIRST + 3>(tiles + 3 * TILE_BYTES, lane);
+        }
+        done();
+    };
+    auto stages = [&](bool all) {
+        tiles_of(std::integral_constant<int, 0>{}, all);
+        if constexpr (STAGE_TILES == 1) {
+            if (all || left > 1) tiles_of(std::integral_constant<int, 1>{}, all);
+        }
+        if constexpr (STAGE_TILES <= 2) {
+            if (all || left > 2) tiles_of(std::integral_constant<int, 2>{}, all);
+        }
+        if constexpr (STAGE_TILES == 1) {
+            if (all || left > 3) tiles_of(std::integral_constant<int, 3>{}, all);
+        }
+    };
+    // Most groups are whole: without questions.
+    if (left >= GROUP_TILES) {
+        stages(true);
+    } else {
+        stages(false);
     }
 }
 
@@ -184,7 +213,7 @@ __device__ __forceinline__ void gemm(const Params& p) {
 
     // What is left to fetch: `fetch_rows` rows of `tiles` tiles, of the first one `fetch_tiles`.
     const uint8_t* source = p.tiles + (size_t(first_row) * p.k_tiles + first_k) * S::TILE_BYTES;
-    const size_t row_gap = (size_t(row_step) * p.k_tiles - tiles) * S::TILE_BYTES;
+    const uint32_t row_gap = (row_step * p.k_tiles - tiles) * S::TILE_BYTES;
     int fetch_tiles = tiles;
     int fetch_rows = tiles > 0 && first_row < p.row_tiles ? (p.row_tiles - 1 - first_row) / row_step + 1 : 0;
     auto fetch = [&](int stage) {
@@ -205,7 +234,7 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const int x_tile = p.k_tiles * rank / p.cluster, x_tiles = p.k_tiles * (rank + 1) / p.cluster - x_tile;
     const int x_stride = S::x_stride(x_tiles);
     ptx::wait_for_dependencies();
-    load_x(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
+    load_x<X_EXPONENT<FORMAT>, M_TILE>(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
     // From here on the CTAs of a cluster may write to each other's sums.
     if (p.cluster > 1) {
         ptx::cluster_sync();
@@ -213,12 +242,12 @@ __device__ __forceinline__ void gemm(const Params& p) {
         __syncthreads();
     }
 
-    // Lane l gives the address of token l % 8, columns 8 (l / 8) and on. Tokens beyond M are some others again: what
-    // comes out for them is not written.
-    uint32_t x_first[M_TILE / 8];
+    using WarpSums = std::conditional_t<M_TILE == 1, OneTokenSums<FORMAT>, Sums<FORMAT, (M_TILE + 7) / 8>>;
+    constexpr int TOKEN_TILES = WarpSums::TILES;
+    uint32_t x_first[TOKEN_TILES];
 #pragma unroll
-    for (int j = 0; j < M_TILE / 8; ++j) {
-        x_first[j] = base + S::x_offset(p.m) + (8 * j + lane % 8) % p.m * x_stride + lane / 8 * 16 + (first_k - x_tile) * 128;
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+        x_first[j] = base + S::x_offset(p.m) + WarpSums::x_place(lane, j, p.m, x_stride) + (first_k - x_tile) * 128;
     }
 
     // Where this warp's sums go: to the CTA and the group there that finish its row.
@@ -226,10 +255,6 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const int finisher = row_in_cluster / S::GROUPS, finishing_group = row_in_cluster % S::GROUPS;
     const uint32_t my_sums = S::SUMS + (finishing_group * SEGMENTS + segment) * S::sum_floats(p.m) * 4 +
                              (lane / 4 * sum_stride + lane % 4 * 2) * 4;
-    const uint32_t remote_sums = ptx::remote_address(base + my_sums, finisher);
-    const uint32_t remote_barriers =
-        ptx::remote_address(base + S::GROUP_BARRIERS + finishing_group * 16, finisher);
-    const uint32_t expected_bytes = SEGMENTS * tile::ROWS * ((p.m + 1) / 2 * 2) * 4;
 
     int finish_row = clusters * (rank * S::GROUPS + group) + cluster;
     // Adds up and writes the results of `round`.
@@ -239,36 +264,29 @@ __device__ __forceinline__ void gemm(const Params& p) {
             shared + S::SUMS + round % 2 * sum_bytes + group * SEGMENTS * S::sum_floats(p.m) * 4;
         if (finish_row < p.row_tiles) {
             finish<SEGMENTS>(p, reinterpret_cast<const float*>(sums), sum_stride, finish_row,
-                             warp % SEGMENTS * 32 + lane);
+                             warp % SEGMENTS * 32 + lane, __uint_as_float(uint32_t(127 - X_EXPONENT<FORMAT>) << 23));
         }
         finish_row += row_step;
     };
     int stage = 0, round = 0;
     uint32_t phase = 0;
     for (int row = first_row; row - clusters * row_in_cluster < p.row_tiles; row += row_step) {
-        float sums[2][M_TILE / 8][4] = {};
+        float totals[TOKEN_TILES][4] = {};
         if (row < p.row_tiles) {
-            uint32_t x[M_TILE / 8];
-#pragma unroll
-            for (int j = 0; j < M_TILE / 8; ++j) x[j] = x_first[j];
-            for (int left = tiles; left > 0; left -= STAGE_TILES) {
-                ptx::barrier_wait(barriers + stage * 8, phase);
-                const uint8_t* stage_tiles = shared + (warp * STAGES + stage) * S::STAGE_BYTES;
-                auto step = [&](int i) {
-                    multiply_tile<FORMAT, M_TILE>(sums, stage_tiles + i * S::TILE_BYTES, lane, x, i * 128);
-                };
-                if (left >= STAGE_TILES) {
-#pragma unroll
-                    for (int i = 0; i < STAGE_TILES; ++i) step(i);
-                } else {
-                    for (int i = 0; i < left; ++i) step(i);
-                }
-#pragma unroll
-                for (int j = 0; j < M_TILE / 8; ++j) x[j] += STAGE_TILES * 128;
-                __syncwarp();
-                fetch(stage);
-                if (++stage == STAGES) stage = 0, phase ^= 1;
+            WarpSums sums;
+            for (int left = tiles; left > 0; left -= GROUP_TILES) {
+                sums.begin(x_first, (tiles - left) * 128);
+                multiply_stages<STAGE_TILES>(sums, left, [&] {
+                    ptx::barrier_wait(barriers + stage * 8, phase);
+                    return shared + (warp * STAGES + stage) * S::STAGE_BYTES;
+                }, [&] {
+                    __syncwarp();
+                    fetch(stage);
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }, lane);
+                sums.end();
             }
+            sums.total(totals);
         }
         // Results are finished a round later, when the sums of the slowest warp are likely there too. A buffer is
         // written again when all warps have read it: in a cluster they say so, alone it follows from the sums of the
@@ -281,16 +299,17 @@ __device__ __forceinline__ void gemm(const Params& p) {
         }
         const uint32_t buffer = round % 2 * sum_bytes, barrier = round % 2 * 8;
         if (p.cluster > 1 && warp % SEGMENTS == 0 && lane == 0) {
-            ptx::barrier_arrive_expect(group_barriers + barrier, expected_bytes);
+            ptx::barrier_arrive_expect(group_barriers + barrier, SEGMENTS * tile::ROWS * ((p.m + 1) / 2 * 2) * 4);
         }
 #pragma unroll
-        for (int j = 0; j < M_TILE / 8; ++j) {
+        for (int j = 0; j < TOKEN_TILES; ++j) {
             if (8 * j + lane % 4 * 2 >= p.m) continue;
             const uint32_t at = buffer + 8 * j * 4;
-            float sum[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i] = sums[0][j][i] + sums[1][j][i];
+            const float(&sum)[4] = totals[j];
             if (p.cluster > 1) {
+                const uint32_t remote_sums = ptx::remote_address(base + my_sums, finisher);
+                const uint32_t remote_barriers =
+                    ptx::remote_address(base + S::GROUP_BARRIERS + finishing_group * 16, finisher);
                 ptx::store_remote(remote_sums + at, sum[0], sum[1], remote_barriers + barrier);
                 ptx::store_remote(remote_sums + at + 8 * sum_stride * 4, sum[2], sum[3],
                                   remote_barriers + barrier);

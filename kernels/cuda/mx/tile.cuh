@@ -138,11 +138,17 @@ struct Lane {
         }
     }
 
+    /// The A fragment of step `STEP`, not yet multiplied by the multipliers of its blocks.
+    template <int STEP>
+    __device__ __forceinline__ void raw_fragment(uint32_t (&a)[4]) const {
+        const uint32_t upper = bits(FORMAT) == 6 ? words[bits(FORMAT) == 6 ? 4 + STEP / 2 : 0] : 0;
+        move_bits<FORMAT, STEP % 2 == 1>(a, words + STEP * STEP_WORDS, upper);
+    }
+
     /// The A fragment of step `STEP`, each row relative to its largest scale.
     template <int STEP>
     __device__ __forceinline__ void fragment(uint32_t (&a)[4]) const {
-        const uint32_t upper = bits(FORMAT) == 6 ? words[bits(FORMAT) == 6 ? 4 + STEP / 2 : 0] : 0;
-        move_bits<FORMAT, STEP % 2 == 1>(a, words + STEP * STEP_WORDS, upper);
+        raw_fragment<STEP>(a);
         if constexpr (FORMAT != Format::Bf16) {
             const uint32_t rows = multipliers<STEP / 2>(scales);
             a[0] = multiply_low(a[0], rows), a[1] = multiply_high(a[1], rows);

@@ -209,17 +209,39 @@ fn inputs_are_quantized_as_declared() {
 fn a_row_does_not_depend_on_its_neighbours() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(13);
+    // Few tiles for a warp, whole groups of four and more, and a weight whose K is cut into fewer parts.
+    let shapes = [[70, 1408], [33, 4160], [6200, 1088]];
     for element in [ElementType::E2m1, ElementType::E2m3, ElementType::E4m3, ElementType::Int8] {
-        let [n, k] = [70, 1408];
+        for [n, k] in shapes {
+            let rows = Rows::mx(&mut random, element, [n, k]);
+            let weight = gpu.upload(&[rows.source(None)], None).unwrap();
+            let x = random.activations(16 * k);
+            let together = product(&*gpu, &x, &weight, Dtype::F32, [n, 0]);
+            let again = product(&*gpu, &x, &weight, Dtype::F32, [n, 0]);
+            assert_eq!(together, again, "{element:?} {n} {k}");
+            for m in [1, 2, 3, 8, 11] {
+                let some = product(&*gpu, &x[..m * k], &weight, Dtype::F32, [n, 0]);
+                assert_eq!(together[..m * n], some, "{element:?} {n} {k}: the first {m}");
+            }
+        }
+    }
+}
+
+/// Nothing is lost at either end of what numbers F32 has.
+#[test]
+fn inputs_of_any_ordinary_size_give_the_same_digits() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(15);
+    for element in ElementType::ALL {
+        let ([n, k], m) = ([40, 576], 3);
         let rows = Rows::mx(&mut random, element, [n, k]);
         let weight = gpu.upload(&[rows.source(None)], None).unwrap();
-        let x = random.activations(16 * k);
-        let together = product(&*gpu, &x, &weight, Dtype::F32, [n, 0]);
-        let again = product(&*gpu, &x, &weight, Dtype::F32, [n, 0]);
-        assert_eq!(together, again, "{element:?}");
-        for m in [1, 3, 8, 11] {
-            let some = product(&*gpu, &x[..m * k], &weight, Dtype::F32, [n, 0]);
-            assert_eq!(together[..m * n], some, "{element:?}: the first {m}");
+        let x = random.activations(m * k);
+        let result = product(&*gpu, &x, &weight, Dtype::F32, [n, 0]);
+        for exponent in [-30.0_f32, 30.0] {
+            let scaled = |values: &[f32]| values.iter().map(|v| v * exponent.exp2()).collect::<Vec<f32>>();
+            let actual = product(&*gpu, &scaled(&x), &weight, Dtype::F32, [n, 0]);
+            assert_eq!(actual, scaled(&result), "{element:?}: times 2^{exponent}");
         }
     }
 }

@@ -14,11 +14,18 @@ const WARPS: u32 = 16;
 const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 
 /// Rows of x that a kernel computes at once: one kernel each.
-const M_TILES: [usize; 2] = [8, 16];
+const M_TILES: [usize; 3] = [1, 8, 16];
+
+/// Most rows of x that leave room for a deep ring.
+const FEW_ROWS: usize = 8;
+
+/// Tiles that a warp takes together: it may read as much of x beyond the end.
+const GROUP_TILES: usize = 4;
 
 macro_rules! kernels {
     ($($format:literal $segments:literal),* $(,)?) => {
         [$([
+            concat!("decode_", $format, "_m1_k", $segments),
             concat!("decode_", $format, "_m8_k", $segments),
             concat!("decode_", $format, "_m16_k", $segments),
         ]),*]
@@ -42,7 +49,7 @@ const LEAST_SHARED_BYTES: usize = 116 * 1024;
 
 /// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
 const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
-    let few = rows <= M_TILES[0];
+    let few = rows <= FEW_ROWS;
     match format {
         TileFormat::E2m1 if few => [4, 3],
         TileFormat::E2m1 => [2, 3],
@@ -180,7 +187,7 @@ impl DecodeGemm {
     }
 }
 
-/// Dynamic shared memory of a kernel: ring, barriers, two buffers of sums, x (`Shape` in `decode.cuh`).
+/// Dynamic shared memory of a kernel: ring, barriers, two buffers of sums, x and a margin (`Shape` in `decode.cuh`).
 fn shared_bytes(format: TileFormat, segments: usize, rows: usize, k_tiles: usize, cluster: usize) -> usize {
     let [stage_tiles, stages] = ring(format, rows);
     let warps = WARPS as usize;
@@ -188,5 +195,5 @@ fn shared_bytes(format: TileFormat, segments: usize, rows: usize, k_tiles: usize
     let barriers = (warps * stages + 2 * warps / segments) * 8;
     let sums = 2 * warps * TILE_ROWS * (rows.next_multiple_of(2) + 2) * size_of::<f32>();
     let x = rows * (k_tiles.div_ceil(cluster) * TILE_COLS * size_of::<u16>() + 16);
-    (ring + barriers).next_multiple_of(16) + sums + x
+    (ring + barriers).next_multiple_of(16) + sums + x + GROUP_TILES * TILE_COLS * size_of::<u16>()
 }
