@@ -30,8 +30,9 @@ const PARTS: [usize; 4] = [1, 2, 4, 8];
 /// Tiles along K of a part, at least.
 const LEAST_PART_TILES: usize = 2;
 
-/// Blocks of 256 tokens whose rows of x stay in L2 while the weight streams past them.
+/// Tokens whose rows of x stay in L2 while the weight streams past them: in BF16, and in E4M3, where they take half of it.
 const GROUP_TOKENS: u32 = 4 * 256;
+const E4M3_GROUP_TOKENS: u32 = 10 * E4M3_TOKENS;
 
 /// Most bytes of expanded weights at a time. Parts that fit in L2 gained nothing (measured), and end in partly filled
 /// waves.
@@ -98,7 +99,7 @@ impl Plan {
         let e4m3_cycles = chunks as f64 * (chunk_cycles + 2.0 * LAUNCH_CYCLES)
             + expand_bytes as f64 / EXPAND_BYTES_PER_CYCLE;
         if e4m3_cycles < bf16_cycles {
-            let group = GROUP_TOKENS / E4M3_TOKENS;
+            let group = E4M3_GROUP_TOKENS / E4M3_TOKENS;
             Self { operand: Operand::E4m3, tokens, group, chunk_row_tiles: chunk, parts }
         } else {
             bf16
