@@ -150,7 +150,7 @@ fn convert_source(
     let kept = calibrated.as_ref().filter(|(_, report)| report.kept).map(|(modules, _)| modules);
     if calibrated.is_some() && kept.is_none() {
         progress.warn(
-            "calibration came out worse than direct cast on text held out: the weights are cast directly",
+            "calibration came out further from the source than direct cast on text held out: the weights are cast directly",
         );
         // Without the scale search that belongs to calibration.
         plan = make_plan(&Recipe { weight_scale_rounding: None, ..options.recipe.clone() }, &source)?;

@@ -220,10 +220,11 @@ impl fmt::Display for Report {
             writeln!(f, "{}", permutation.summary())?;
         }
         if let Some(calibration) = &self.calibration {
-            let perplexity = calibration.perplexity;
+            let (perplexity, divergence) = (calibration.perplexity, calibration.divergence);
             writeln!(
                 f,
-                "{} on {} windows of {}; perplexity of {} others: {:.3} unquantized, {:.3} nearest, {:.3} calibrated",
+                "{} on {} windows of {}; perplexity of {} others: {:.3} unquantized, {:.3} nearest, {:.3} calibrated; \
+                 divergence {:.4} nearest, {:.4} calibrated",
                 calibration.method,
                 calibration.windows,
                 calibration.text,
@@ -231,6 +232,8 @@ impl fmt::Display for Report {
                 perplexity.unquantized,
                 perplexity.nearest,
                 perplexity.calibrated,
+                divergence.nearest,
+                divergence.calibrated,
             )?;
         }
         if self.dry_run {

@@ -8,11 +8,12 @@ use models::ModelConfig;
 use models::checkpoint::{LinearTensor, MxLinear};
 use models::staged::{Ends, Parameters, Stage, StagedLayer, Stager, WindowState};
 
+use super::held_out::HeldOut;
 use super::store::{LayerResult, PackedModule, StageRecord};
 use super::streams;
 use super::sums::{Finished, Inputs, OutputError, Sums};
 use super::text::CalibrationWindows;
-use super::{CalibrationError, HeldOutPerplexity, Job};
+use super::{CalibrationError, HeldOutDivergence, HeldOutPerplexity, Job};
 use crate::error::ConvertError;
 use crate::quantize::{Problem, Quantized, retarget};
 
@@ -245,20 +246,20 @@ impl Calibrator<'_> {
         Ok(())
     }
 
-    /// On the windows that are compared on, after the last layer.
-    pub(super) fn perplexity(&mut self, ends: &Ends, windows: &CalibrationWindows) -> HeldOutPerplexity {
-        let tokens = &windows.tokens[windows.seen()..];
-        let stager = &mut self.stager;
-        let mut of = |states: &mut dyn Iterator<Item = &WindowState>| {
-            let nll: f64 =
-                tokens.iter().zip(states).map(|(window, state)| stager.nll(ends, window, state)).sum();
-            (nll / tokens.iter().map(|window| window.len() - 1).sum::<usize>() as f64).exp()
+    /// The models, on the windows that are compared on, after the last layer.
+    pub(super) fn compare(
+        &mut self,
+        ends: &Ends,
+        windows: &CalibrationWindows,
+    ) -> (HeldOutPerplexity, HeldOutDivergence) {
+        let seen = windows.seen();
+        let held_out = HeldOut {
+            tokens: &windows.tokens[seen..],
+            unquantized: self.original[seen..].iter().flatten().collect(),
+            nearest: &self.nearest,
+            calibrated: &self.quantized[seen..],
         };
-        HeldOutPerplexity {
-            unquantized: of(&mut self.original[windows.seen()..].iter().flatten()),
-            nearest: of(&mut self.nearest.iter()),
-            calibrated: of(&mut self.quantized[windows.seen()..].iter()),
-        }
+        held_out.compare(&mut self.stager, ends)
     }
 }
 

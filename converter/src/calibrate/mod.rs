@@ -3,6 +3,7 @@
 
 mod error;
 mod gram;
+mod held_out;
 mod layer;
 mod modules;
 mod store;
@@ -23,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 pub use error::CalibrationError;
 pub(crate) use gram::product_transposed;
+pub use held_out::{HeldOutDivergence, HeldOutPerplexity};
 pub(crate) use layer::nearest_cast;
 pub(crate) use modules::CalibratedModules;
 pub use store::StageRecord;
@@ -79,23 +81,15 @@ pub struct CalibrationReport {
     pub window_tokens: usize,
     /// On the held-out windows.
     pub perplexity: HeldOutPerplexity,
-    /// False: the whole came out worse than direct cast on the held-out windows, and direct cast is what was written.
+    /// On the held-out windows.
+    pub divergence: HeldOutDivergence,
+    /// False: the whole came out further from the source than direct cast, by the divergence on the held-out windows, and
+    /// direct cast is what was written.
     pub kept: bool,
     /// Wall-clock seconds, of this run.
     pub seconds: f64,
     /// The groups of modules, in the order of execution.
     pub stages: Vec<StageRecord>,
-}
-
-/// Perplexities on the held-out windows.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct HeldOutPerplexity {
-    /// Of the source.
-    pub unquantized: f64,
-    /// Of direct cast.
-    pub nearest: f64,
-    /// Of the calibrated model.
-    pub calibrated: f64,
 }
 
 /// Everything a calibration needs.
@@ -161,7 +155,7 @@ impl Job<'_> {
             }
             stages.extend(result.stages);
         }
-        let perplexity = calibrator.perplexity(&ends, &windows);
+        let (perplexity, divergence) = calibrator.compare(&ends, &windows);
         let report = CalibrationReport {
             method: self.calibration.method.name(),
             text: self.calibration.text.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -169,8 +163,8 @@ impl Job<'_> {
             held_out: windows.held_out,
             window_tokens: self.calibration.window_tokens,
             perplexity,
-            // Also when it is no number.
-            kept: perplexity.calibrated <= perplexity.nearest,
+            divergence,
+            kept: divergence.favours_calibration(),
             seconds: start.elapsed().as_secs_f64(),
             stages,
         };

@@ -19,6 +19,6 @@ pub use divergence::{Baseline, Divergence, divergence};
 pub use error::EvalError;
 pub use perplexity::{Perplexity, perplexity};
 pub use result::{Evaluation, ModelResult, TaskResult, TextResult};
-pub(crate) use scores::kl_divergence;
+pub(crate) use scores::{kl_divergence, nll};
 pub use task::{Task, TaskScore, answer};
 pub use text::Windows;

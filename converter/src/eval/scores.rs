@@ -34,9 +34,7 @@ pub(super) fn score(chunk: &Chunk<'_>, baseline: Option<&[f32]>, threads: NonZer
         let logits = &chunk.logits[row(chunk.logits)];
         let target = chunk.scored[index].token;
         match baseline {
-            None => {
-                RowScore { nll: log_sum_exp(logits) - f64::from(logits[target as usize]), distance: None }
-            }
+            None => RowScore { nll: nll(logits, target), distance: None },
             Some(all) => against(logits, &all[row(all)], target),
         }
     };
@@ -53,6 +51,11 @@ pub(super) fn score(chunk: &Chunk<'_>, baseline: Option<&[f32]>, threads: NonZer
         }
     });
     scores
+}
+
+/// Negative log-likelihood of `target`, in nats, by the logits `row`.
+pub(crate) fn nll(row: &[f32], target: u32) -> f64 {
+    log_sum_exp(row) - f64::from(row[target as usize])
 }
 
 /// ln of the sum of e^x.

@@ -68,21 +68,34 @@ fn show_permutation(permutation: &PermutationReport, page: &mut Page) {
 /// What calibration gained on text that it was not made from.
 fn show_calibration(calibration: &CalibrationReport, page: &mut Page) {
     page.heading("Calibration");
-    let CalibrationReport { method, windows, window_tokens, text, held_out, perplexity, kept, .. } =
-        calibration;
+    let CalibrationReport {
+        method,
+        windows,
+        window_tokens,
+        text,
+        held_out,
+        perplexity,
+        divergence,
+        kept,
+        ..
+    } = calibration;
     let verdict =
         if *kept { "what was written" } else { "no better than direct cast, which was written instead" };
     page.paragraph(&format!(
         "{method} on {windows} windows of {window_tokens} tokens of {text}, in {:.0} s: {verdict}.",
         calibration.seconds
     ));
-    let row = |name: &str, value: f64| vec![Cell::new(name), Cell::new(format!("{value:.4}"))];
+    let row = |name: &str, perplexity: f64, divergence: Option<f64>| {
+        let divergence = divergence.map_or_else(|| "–".to_owned(), |divergence| format!("{divergence:.4}"));
+        vec![Cell::new(name), Cell::new(format!("{perplexity:.4}")), Cell::new(divergence)]
+    };
     let rows = [
-        row("unquantized", perplexity.unquantized),
-        row("direct cast", perplexity.nearest),
-        row("calibrated", perplexity.calibrated),
+        row("unquantized", perplexity.unquantized, None),
+        row("direct cast", perplexity.nearest, Some(divergence.nearest)),
+        row("calibrated", perplexity.calibrated, Some(divergence.calibrated)),
     ];
-    page.table(&format!("Perplexity of {held_out} other windows"), &["weights", "perplexity"], &rows);
+    let header = ["weights", "perplexity", "KL mean, nats"];
+    page.table(&format!("On {held_out} other windows"), &header, &rows);
 }
 
 /// Perplexities before and after.

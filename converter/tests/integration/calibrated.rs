@@ -45,7 +45,12 @@ fn calibration_lowers_output_errors_and_perplexity() {
         let calibration = Calibration { drift_correction, ..Calibration::new(CalibratedMethod::Gptq, &text) };
         let (_, calibration) = run(format, root.path(), calibration);
         let perplexity = calibration.perplexity;
-        assert!(calibration.kept && perplexity.calibrated < perplexity.nearest, "{format}: {perplexity:?}");
+        let divergence = calibration.divergence;
+        assert!(perplexity.calibrated < perplexity.nearest, "{format}: {perplexity:?}");
+        assert!(
+            calibration.kept && divergence.calibrated < 0.9 * divergence.nearest,
+            "{format}: {divergence:?}"
+        );
         assert_eq!((calibration.windows, calibration.held_out), (45, 3));
         let gains = calibration.stages.iter().map(|stage| stage.nearest_db - stage.method_db);
         assert!(gains.sum::<f64>() > 0.0, "{format}");

@@ -189,7 +189,7 @@ fn calibration_sees_the_new_order() {
     };
     let report = convert(&options, &()).unwrap();
     let calibration = report.calibration.unwrap();
-    assert!(calibration.kept, "{:?}", calibration.perplexity);
+    assert!(calibration.kept, "{:?}", calibration.divergence);
     let quotient = measure(&output, &windows()).perplexity / measure(&model, &windows()).perplexity;
     assert!((0.99..1.06).contains(&quotient), "{quotient}");
 }
