@@ -19,6 +19,7 @@ use crate::layout;
 use crate::mix::render_recipe;
 use crate::model_card;
 use crate::output::Output;
+use crate::permute::PermutationReport;
 use crate::plan::Plan;
 use crate::report::Report;
 use crate::source::{Origin, Source};
@@ -97,7 +98,7 @@ pub(crate) fn write(
     if provenance.options.mix.is_some() {
         write_file(dir, RECIPE_FILE, render_recipe(&provenance.options.recipe).as_bytes())?;
     }
-    write_json(dir, RECORD_FILE, &record(plan, provenance))?;
+    write_json(dir, RECORD_FILE, &record(plan, provenance, report))?;
     write_file(dir, "README.md", model_card::render(report).as_bytes())?;
     if let Some((name, index)) = output.index_file() {
         write_json(dir, name, index)?;
@@ -119,7 +120,7 @@ fn config(source: &Value, plan: &Plan, provenance: &Provenance<'_>) -> Value {
     config
 }
 
-fn record(plan: &Plan, provenance: &Provenance<'_>) -> ConversionRecord {
+fn record(plan: &Plan, provenance: &Provenance<'_>, report: &Report) -> ConversionRecord {
     let model = &provenance.options.model;
     let model = std::fs::canonicalize(model).unwrap_or_else(|_| model.clone());
     ConversionRecord {
@@ -138,6 +139,12 @@ fn record(plan: &Plan, provenance: &Provenance<'_>) -> ConversionRecord {
         layers: layout::schemes(plan)
             .into_iter()
             .map(|(module, scheme)| (module.to_owned(), scheme.into()))
+            .collect(),
+        permuted: report
+            .permutation
+            .iter()
+            .flat_map(PermutationReport::permuted)
+            .map(str::to_owned)
             .collect(),
     }
 }

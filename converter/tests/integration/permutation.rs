@@ -103,6 +103,10 @@ fn rows_and_columns_follow_each_other() {
             assert!(module.order == "weights" && module.db < module.stored_db - 10.0, "{module:?}");
         }
         check_uneven(&output, &tensors);
+        let record = std::fs::read(output.join("mx_conversion.json")).unwrap();
+        let record: Value = serde_json::from_slice(&record).unwrap();
+        let permuted = json!(["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]);
+        assert_eq!(record["permuted"], permuted);
     }
 
     let (_, tensors) = uneven_tiny(128);

@@ -29,6 +29,9 @@ pub struct ConversionRecord {
     pub source: RecordedSource,
     /// By quantized module: `model.layers.0.mlp.down_proj`.
     pub layers: BTreeMap<String, RecordedScheme>,
+    /// Modules whose input channels are in another order than the source's, as are the rows that make them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub permuted: Vec<String>,
 }
 
 /// Element rounding, and what makes it reproducible.
