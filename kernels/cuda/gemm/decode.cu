@@ -9,17 +9,18 @@
         decode::gemm<tile::Format::FORMAT, M_TILE, 16, SEGMENTS, STAGE_TILES, STAGES>(p);            \
     }
 
-// Few rows leave room for a deep ring; with more of them x needs the space.
-#define DECODE_FORMAT(NAME, FORMAT, SEGMENTS, STAGE_TILES, STAGES, SMALL_STAGE_TILES, SMALL_STAGES) \
-    DECODE(NAME, FORMAT, 1, SEGMENTS, STAGE_TILES, STAGES)                                          \
-    DECODE(NAME, FORMAT, 8, SEGMENTS, STAGE_TILES, STAGES)                                          \
+// A few rows leave room for a deep ring; with more of them x needs the space. One row is there so soon that a deep ring would
+// delay it.
+#define DECODE_FORMAT(NAME, FORMAT, SEGMENTS, STAGE_TILES, ONE_STAGES, STAGES, SMALL_STAGE_TILES, SMALL_STAGES) \
+    DECODE(NAME, FORMAT, 1, SEGMENTS, STAGE_TILES, ONE_STAGES)                                                  \
+    DECODE(NAME, FORMAT, 8, SEGMENTS, STAGE_TILES, STAGES)                                                      \
     DECODE(NAME, FORMAT, 16, SEGMENTS, SMALL_STAGE_TILES, SMALL_STAGES)
 
-DECODE_FORMAT(e2m1, E2m1, 4, 4, 3, 2, 3)
-DECODE_FORMAT(e2m1, E2m1, 8, 4, 3, 2, 3)
-DECODE_FORMAT(e2m3, E2m3, 8, 4, 2, 2, 2)
-DECODE_FORMAT(e3m2, E3m2, 8, 4, 2, 2, 2)
-DECODE_FORMAT(e4m3, E4m3, 8, 2, 3, 1, 3)
-DECODE_FORMAT(e5m2, E5m2, 8, 2, 3, 1, 3)
-DECODE_FORMAT(int8, Int8, 8, 2, 3, 1, 3)
-DECODE_FORMAT(bf16, Bf16, 8, 1, 4, 1, 2)
+DECODE_FORMAT(e2m1, E2m1, 4, 4, 2, 3, 2, 3)
+DECODE_FORMAT(e2m1, E2m1, 8, 4, 2, 3, 2, 3)
+DECODE_FORMAT(e2m3, E2m3, 8, 4, 2, 2, 2, 2)
+DECODE_FORMAT(e3m2, E3m2, 8, 4, 2, 2, 2, 2)
+DECODE_FORMAT(e4m3, E4m3, 8, 2, 2, 3, 1, 3)
+DECODE_FORMAT(e5m2, E5m2, 8, 2, 2, 3, 1, 3)
+DECODE_FORMAT(int8, Int8, 8, 2, 2, 3, 1, 3)
+DECODE_FORMAT(bf16, Bf16, 8, 1, 4, 4, 1, 2)

@@ -211,6 +211,8 @@ __device__ __forceinline__ void gemm(const Params& p) {
     ptx::barrier_init_fence();
     __syncwarp();
 
+    // Stages that are asked for before x: x waits behind them. With more rows there is more of it to wait for.
+    constexpr int AHEAD = M_TILE == 1 ? STAGES / 2 : STAGES;
     // What is left to fetch: `fetch_rows` rows of `tiles` tiles, of the first one `fetch_tiles`.
     const uint8_t* source = p.tiles + (size_t(first_row) * p.k_tiles + first_k) * S::TILE_BYTES;
     const uint32_t row_gap = (row_step * p.k_tiles - tiles) * S::TILE_BYTES;
@@ -228,13 +230,14 @@ __device__ __forceinline__ void gemm(const Params& p) {
         fetch_tiles -= count;
         if (fetch_tiles == 0) fetch_tiles = tiles, source += row_gap, --fetch_rows;
     };
-    for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
+    for (int stage = 0; stage < AHEAD; ++stage) fetch(stage);
     ptx::launch_dependents();
 
     const int x_tile = p.k_tiles * rank / p.cluster, x_tiles = p.k_tiles * (rank + 1) / p.cluster - x_tile;
     const int x_stride = S::x_stride(x_tiles);
     ptx::wait_for_dependencies();
     load_x<X_EXPONENT<FORMAT>, M_TILE>(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
+    for (int stage = AHEAD; stage < STAGES; ++stage) fetch(stage);
     // From here on the CTAs of a cluster may write to each other's sums.
     if (p.cluster > 1) {
         ptx::cluster_sync();

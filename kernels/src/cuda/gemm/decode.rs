@@ -49,12 +49,14 @@ const LEAST_SHARED_BYTES: usize = 116 * 1024;
 
 /// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
 const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
-    let few = rows <= FEW_ROWS;
+    let (one, few) = (rows == 1, rows <= FEW_ROWS);
     match format {
+        TileFormat::E2m1 if one => [4, 2],
         TileFormat::E2m1 if few => [4, 3],
         TileFormat::E2m1 => [2, 3],
         TileFormat::E2m3 | TileFormat::E3m2 if few => [4, 2],
         TileFormat::E2m3 | TileFormat::E3m2 => [2, 2],
+        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if one => [2, 2],
         TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if few => [2, 3],
         TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 => [1, 3],
         TileFormat::Bf16 if few => [1, 4],
