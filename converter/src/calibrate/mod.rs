@@ -40,8 +40,8 @@ use crate::progress::Progress;
 use crate::quantize::CalibratedMethod;
 use crate::source::Source;
 
-/// Windows that drift is seen on, at most: more of them take time, and show the same.
-const DRIFT_WINDOWS: usize = 64;
+/// About as many windows are enough to see drift on: more of them take time, and show the same.
+const DRIFT_WINDOWS: usize = 42;
 
 /// How to calibrate.
 #[derive(Debug, Clone, PartialEq)]
@@ -174,7 +174,7 @@ impl Job<'_> {
     /// The windows that the unquantized model runs on, too: those held out, and where drift is corrected some of those
     /// `seen`, as many as are spread evenly.
     fn originals(&self, states: &[WindowState], seen: usize) -> Vec<Option<WindowState>> {
-        let step = seen.div_ceil(DRIFT_WINDOWS).max(1);
+        let step = ((seen + DRIFT_WINDOWS / 2) / DRIFT_WINDOWS).max(1);
         let shows_drift =
             |window: usize| self.calibration.drift_correction > 0.0 && window.is_multiple_of(step);
         let runs = |window: usize| window >= seen || shows_drift(window);
