@@ -20,6 +20,7 @@ mod model_card;
 mod output;
 pub mod permute;
 pub mod plan;
+mod pool;
 mod progress;
 pub mod quantize;
 mod report;

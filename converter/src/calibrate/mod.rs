@@ -36,6 +36,7 @@ use self::layer::Calibrator;
 use crate::error::ConvertError;
 use crate::layout;
 use crate::plan::Plan;
+use crate::pool::in_pool;
 use crate::progress::Progress;
 use crate::quantize::CalibratedMethod;
 use crate::source::Source;
@@ -106,9 +107,7 @@ pub(crate) struct Job<'a> {
 impl Job<'_> {
     /// Quantizes the decoder layers, or goes on where an earlier run was interrupted.
     pub(crate) fn run(&self) -> Result<(CalibratedModules, CalibrationReport), ConvertError> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.get()).build();
-        // Without threads of its own, the process has no way to go on.
-        pool.expect("the system gives threads").install(|| self.run_in_pool())
+        in_pool(self.threads, || self.run_in_pool())
     }
 
     fn run_in_pool(&self) -> Result<(CalibratedModules, CalibrationReport), ConvertError> {

@@ -26,6 +26,7 @@ use crate::calibrate::{CalibrationError, CalibrationWindows};
 use crate::error::ConvertError;
 use crate::layout;
 use crate::plan::{Recipe, plan};
+use crate::pool::in_pool;
 use crate::progress::Progress;
 use crate::source::Source;
 use group::{Group, choose};
@@ -95,9 +96,7 @@ pub(crate) struct Job<'a> {
 impl Job<'_> {
     /// The recipe with a format for every module of the decoder layers that none of its patterns names.
     pub(crate) fn run(&self) -> Result<(Recipe, MixReport), ConvertError> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.get()).build();
-        // Without threads of its own, the process has no way to go on.
-        pool.expect("the system gives threads").install(|| self.run_in_pool())
+        in_pool(self.threads, || self.run_in_pool())
     }
 
     fn run_in_pool(&self) -> Result<(Recipe, MixReport), ConvertError> {

@@ -28,15 +28,31 @@ pub(super) struct Consumer<'a> {
     pub(super) scheme: Scheme,
     /// `[N, K]`.
     pub(super) weight: &'a [f32],
-    /// `[tokens, K]`, unquantized; `None` without a text.
-    pub(super) inputs: Option<&'a [f32]>,
+    /// `None` without a text.
+    pub(super) seen: Option<Seen>,
+}
+
+/// What a module does on the text as long as nothing is quantized, whatever the order.
+pub(super) struct Seen {
+    /// `[tokens, K]`, in the stored order.
+    inputs: Vec<f32>,
+    /// `[tokens, N]`.
+    outputs: Vec<f32>,
+}
+
+impl Seen {
+    /// Of `inputs` `[tokens, cols]` to `weight` `[N, cols]`.
+    pub(super) fn new(inputs: Vec<f32>, weight: &[f32], cols: usize) -> Self {
+        Self { outputs: product_transposed(&inputs, cols, weight), inputs }
+    }
 }
 
 impl Consumer<'_> {
     /// The best order, `None` for the stored one, and what it gains.
     pub(super) fn choose(&self) -> (Option<ChannelOrder>, PermutedModule) {
         let stored = self.error(None);
-        let ranges = [("weights", Some(self.weight)), ("activations", self.inputs)];
+        let ranges =
+            [("weights", Some(self.weight)), ("activations", self.seen.as_ref().map(|seen| &*seen.inputs))];
         let tried = ranges.into_iter().filter_map(|(name, values)| {
             let order = self.seam.by_range(&range(values?, self.seam.cols()));
             let error = self.error(Some(&self.seam.columns(&order)));
@@ -63,24 +79,24 @@ impl Consumer<'_> {
         let mut weight = gathered(self.weight);
         self.scheme.rotate(&mut weight);
         let quantized = Quantized::nearest(&weight, cols, nearest_cast(self.scheme.weight));
-        let Some(inputs) = self.inputs else {
+        let Some(seen) = &self.seen else {
             let energy = quantized.energy(&weight);
             return OutputError { power: energy.signal, error: energy.noise };
         };
-        let mut wanted = gathered(inputs);
-        wanted.par_chunks_exact_mut(cols).for_each(|token| self.scheme.rotate(token));
-        let mut inputs = wanted.clone();
-        if let Some(cast) = self.scheme.activation {
-            let tokens = inputs.par_chunks_exact_mut(cols).zip(wanted.par_chunks_exact(cols));
-            tokens.for_each(|(token, unquantized)| quantize_dequantize(cast, unquantized, token));
-        }
+        let mut inputs = gathered(&seen.inputs);
+        inputs.par_chunks_exact_mut(cols).for_each(|token| {
+            self.scheme.rotate(token);
+            if let Some(cast) = self.scheme.activation {
+                let unquantized = token.to_vec();
+                quantize_dequantize(cast, &unquantized, token);
+            }
+        });
         let outputs = product_transposed(&inputs, cols, &quantized.dequantize());
-        let wanted_outputs = product_transposed(&wanted, cols, &weight);
         let square = |values: &[f32]| values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
         let rows = weight.len() / cols;
-        let tokens = wanted.chunks_exact(cols).zip(outputs.chunks_exact(rows));
+        let tokens = seen.inputs.chunks_exact(cols).zip(outputs.chunks_exact(rows));
         let mut sum = OutputError::default();
-        for ((input, output), wanted) in tokens.zip(wanted_outputs.chunks_exact(rows)) {
+        for ((input, output), wanted) in tokens.zip(seen.outputs.chunks_exact(rows)) {
             let length = square(input);
             if length > 0.0 {
                 let lacking: Vec<f32> = wanted.iter().zip(output).map(|(w, o)| w - o).collect();

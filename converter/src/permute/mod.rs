@@ -21,9 +21,10 @@ use crate::calibrate::{CalibrationError, CalibrationWindows, streams};
 use crate::error::ConvertError;
 use crate::layout;
 use crate::plan::Plan;
+use crate::pool::in_pool;
 use crate::progress::Progress;
 use crate::source::Source;
-use choose::Consumer;
+use choose::{Consumer, Seen};
 use seam::Seam;
 
 pub use choose::PermutedModule;
@@ -91,9 +92,7 @@ struct Run<'a> {
 impl Job<'_> {
     /// The orders that help.
     pub(crate) fn run(&self) -> Result<(ChannelOrders, PermutationReport), ConvertError> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.get()).build();
-        // Without threads of its own, the process has no way to go on.
-        pool.expect("the system gives threads").install(|| self.run_in_pool())
+        in_pool(self.threads, || self.run_in_pool())
     }
 
     fn run_in_pool(&self) -> Result<(ChannelOrders, PermutationReport), ConvertError> {
@@ -121,10 +120,11 @@ impl Job<'_> {
                     && let Some(&scheme) = schemes.get(seam.consumer.as_str())
                     && let Some(weight) = weight(&seam, &parameters)
                 {
-                    let inputs: Option<Vec<f32>> =
-                        run.as_ref().map(|run| run.states.iter().flat_map(|s| s.input.clone()).collect());
-                    let consumer =
-                        Consumer { seam: &seam, scheme, weight: &weight, inputs: inputs.as_deref() };
+                    let seen = run.as_ref().map(|run| {
+                        let inputs = run.states.iter().flat_map(|state| &state.input).copied().collect();
+                        Seen::new(inputs, &weight, seam.cols())
+                    });
+                    let consumer = Consumer { seam: &seam, scheme, weight: &weight, seen };
                     let (order, module) = consumer.choose();
                     if !module.stored_db.is_finite() {
                         return Err(CalibrationError::NonFinite { module: seam.consumer }.into());
