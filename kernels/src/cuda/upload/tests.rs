@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use fastrand::Rng;
+
 use super::Uploader;
 use crate::backend::{DenseDtype, WeightSource};
 use crate::buffer::MemoryAccount;
@@ -9,31 +11,19 @@ use crate::cuda::Context;
 use crate::mx::{ElementType, MxFormat, MxTensor, ScaleRounding, pack as pack_bits};
 use crate::tile::{self, RowOrder, TileFormat, TileLayout};
 
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 16
-    }
-
-    /// Any codes at all, with blocks of zeros; any scales, mostly near each other.
-    fn tensor(&mut self, element: ElementType, [rows, cols]: [usize; 2]) -> (Vec<u8>, Vec<u8>) {
-        let mask = element.spec().code_mask();
-        let mut codes: Vec<u8> = (0..rows * cols).map(|_| self.next() as u8 & mask).collect();
-        codes.chunks_mut(32).filter(|_| self.next().is_multiple_of(7)).for_each(|block| block.fill(0));
-        let mut packed = vec![0; MxFormat::new(element).code_bytes(codes.len())];
-        pack_bits(&codes, element.spec().bits, &mut packed);
-        let scale = |random: &mut Self| match random.next() % 40 {
-            0 => random.next() as u8,
-            1 => 0,
-            _ => 120 + (random.next() % 9) as u8,
-        };
-        (packed, (0..rows * cols / 32).map(|_| scale(self)).collect())
-    }
+/// Any codes at all, with blocks of zeros; any scales, mostly near each other.
+fn tensor(random: &mut Rng, element: ElementType, [rows, cols]: [usize; 2]) -> (Vec<u8>, Vec<u8>) {
+    let mask = element.spec().code_mask();
+    let mut codes: Vec<u8> = (0..rows * cols).map(|_| random.u8(..) & mask).collect();
+    codes.chunks_mut(32).filter(|_| random.u8(..7) == 0).for_each(|block| block.fill(0));
+    let mut packed = vec![0; MxFormat::new(element).code_bytes(codes.len())];
+    pack_bits(&codes, element.spec().bits, &mut packed);
+    let scale = |random: &mut Rng| match random.u8(..40) {
+        0 => random.u8(..),
+        1 => 0,
+        _ => random.u8(120..129),
+    };
+    (packed, (0..rows * cols / 32).map(|_| scale(random)).collect())
 }
 
 const SHAPES: [(&[[usize; 2]], RowOrder); 5] = [
@@ -70,10 +60,10 @@ fn a_device_packs_as_the_host_does() {
     let context = Arc::new(Context::open(0).expect("the device opens"));
     let account: Arc<MemoryAccount> = Arc::default();
     let mut uploader = Uploader::new(&context, &account).expect("memory");
-    let mut random = Random(41);
+    let mut random = Rng::with_seed(41);
     for element in ElementType::ALL {
         for (shapes, order) in SHAPES {
-            let data: Vec<_> = shapes.iter().map(|&shape| random.tensor(element, shape)).collect();
+            let data: Vec<_> = shapes.iter().map(|&shape| tensor(&mut random, element, shape)).collect();
             let parts: Vec<_> = data
                 .iter()
                 .zip(shapes)
@@ -90,7 +80,7 @@ fn a_device_packs_as_the_host_does() {
     for dtype in [DenseDtype::Bf16, DenseDtype::F16, DenseDtype::F32] {
         for (shape, order) in [([5, 70], RowOrder::Stacked), ([3000, 4096], RowOrder::Stacked)] {
             // Numbers only: what becomes of the bits of a NaN is nobody's business.
-            let value = |random: &mut Random| (random.next() % 2001) as f32 / 700.0 - 1.4;
+            let value = |random: &mut Rng| 3.0 * random.f32() - 1.5;
             let bytes: Vec<u8> = (0..shape[0] * shape[1])
                 .flat_map(|_| match dtype {
                     DenseDtype::Bf16 => half::bf16::from_f32(value(&mut random)).to_le_bytes().to_vec(),
