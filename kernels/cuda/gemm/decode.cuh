@@ -1,4 +1,4 @@
-// out[m][n] = sum_k x[m][k] w[n][k] for few rows of x: a persistent grid streams each weight tile once.
+// out[m][n] = sum_k x[m][k] w[n][k] for a few rows of x: a persistent grid streams each weight tile once.
 //
 // K is cut into SEGMENTS, each summed by one warp; the segments' sums are added in a fixed tree. So a result depends
 // neither on M, nor on the grid, nor on the cluster. A cluster of S CTAs takes 16 S / SEGMENTS rows of tiles (16 outputs
@@ -7,42 +7,18 @@
 // as the A operand of the tensor cores, and sends its sums to the CTA of the cluster that finishes the row of tiles.
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include <type_traits>
-
-#include "gemm/decode_sums.cuh"
-#include "mx/tile.cuh"
+#include "gemm/decode_parts.cuh"
 #include "ops/swiglu.cuh"
-#include "ptx/barrier.cuh"
-#include "ptx/bulk_copy.cuh"
-#include "ptx/launch.cuh"
+#include "ptx/async_copy.cuh"
 
 namespace decode {
 
-/// What a product is of; passed by value.
-struct Params {
-    const uint8_t* tiles;    // [row_tiles][k_tiles] of tile::bytes(FORMAT)
-    const float* factors;    // [16 * row_tiles]
-    const float* bias;       // [n] or null
-    const __nv_bfloat16* x;  // [m][k], k a multiple of 8
-    void* out;               // [m][out_width], BF16 or F32
-    int m, n, k;
-    int row_tiles, k_tiles;
-    int cluster;             // CTAs of a cluster: 1, 2, 4, 8
-    int out_width, column;   // the product's first column in a row of `out`
-    int out_is_f32;
-    int is_gated;            // rows g and g + 8 of tile i are gate and up of result 8 i + g: `out` is silu(gate) * up
-};
-
 /// Shared memory: ring | barriers | sums | x, and as much as a group of tiles has of it, which may be read beyond the end.
-template <tile::Format FORMAT, int M_TILE, int WARPS, int SEGMENTS, int STAGE_TILES, int STAGES>
+template <tile::Format FORMAT, int SEGMENTS, int STAGE_TILES, int STAGES>
 struct Shape {
-    static constexpr int TILE_BYTES = tile::bytes(FORMAT);
-    static constexpr int STAGE_BYTES = STAGE_TILES * TILE_BYTES;
-    static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+    using Ring = WarpRing<FORMAT, STAGE_TILES, STAGES>;
     /// Barriers: of the rings; two per group of warps that finishes a row of tiles.
-    static constexpr int BARRIERS = RING_BYTES, GROUP_BARRIERS = BARRIERS + WARPS * STAGES * 8;
+    static constexpr int BARRIERS = WARPS * Ring::BYTES, GROUP_BARRIERS = BARRIERS + WARPS * STAGES * 8;
     static constexpr int GROUPS = WARPS / SEGMENTS;
     static constexpr int SUMS = (GROUP_BARRIERS + 2 * GROUPS * 8 + 15) / 16 * 16;
 
@@ -57,53 +33,26 @@ struct Shape {
     __host__ __device__ static constexpr int x_stride(int k_tiles) { return k_tiles * 128 + 16; }
 };
 
-/// The sum of `COUNT` values, `stride` apart: neighbours first, then pairs of them, and so on.
-template <int COUNT>
-__device__ __forceinline__ float tree_sum(const float* values, int stride) {
-    if constexpr (COUNT == 1) {
-        return *values;
-    } else {
-        return tree_sum<COUNT / 2>(values, stride) + tree_sum<COUNT / 2>(values + COUNT / 2 * stride, stride);
-    }
-}
-
-/// The eight BF16 of `values` times 2^EXPONENT.
-template <int EXPONENT>
-__device__ __forceinline__ uint4 scaled(uint4 values) {
-    if constexpr (EXPONENT == 0) return values;
-    constexpr uint32_t FACTOR = (127 + EXPONENT) << 7;
-    return make_uint4(tile::multiply_low(values.x, FACTOR), tile::multiply_low(values.y, FACTOR),
-                      tile::multiply_low(values.z, FACTOR), tile::multiply_low(values.w, FACTOR));
-}
-
 /// Brings columns `64 first_tile ..` of x, times 2^EXPONENT, to shared memory, `tiles * 64` of them; those beyond K, a
 /// multiple of 8, are zeros. As many loads as registers allow are on their way at once: bulk copies would queue behind those
 /// of the weights, and asynchronous ones would have to be multiplied afterwards.
-template <int EXPONENT, int M_TILE>
+template <int EXPONENT>
 __device__ __forceinline__ void load_x(uint8_t* shared, const Params& p, int first_tile, int tiles, int stride) {
-    constexpr int VECTOR = 8, ROWS = M_TILE == 1 ? 1 : 8, COLUMNS = M_TILE == 1 ? 4 : 1;
-    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS, step = blockDim.x * VECTOR;
-    for (int start = threadIdx.x * VECTOR; start < columns; start += COLUMNS * step) {
+    constexpr int VECTOR = 8, ROWS = 8;
+    const int first = first_tile * tile::COLS, columns = tiles * tile::COLS;
+    for (int column = threadIdx.x * VECTOR; column < columns; column += 32 * WARPS * VECTOR) {
         for (int row = 0; row < p.m; row += ROWS) {
-            uint4 values[COLUMNS][ROWS];
+            uint4 values[ROWS];
 #pragma unroll
-            for (int i = 0; i < COLUMNS; ++i) {
-                const int column = first + start + i * step;
-#pragma unroll
-                for (int j = 0; j < ROWS; ++j) {
-                    const bool present = row + j < p.m && column < p.k;
-                    const __nv_bfloat16* from = p.x + size_t(row + j) * p.k + column;
-                    values[i][j] = present ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-                }
+            for (int i = 0; i < ROWS; ++i) {
+                const bool present = row + i < p.m && first + column < p.k;
+                const __nv_bfloat16* from = p.x + size_t(row + i) * p.k + first + column;
+                values[i] = present ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
-            for (int i = 0; i < COLUMNS; ++i) {
-                const int column = start + i * step;
-#pragma unroll
-                for (int j = 0; j < ROWS; ++j) {
-                    if (row + j >= p.m || column >= columns) continue;
-                    *reinterpret_cast<uint4*>(shared + (row + j) * stride + column * 2) = scaled<EXPONENT>(values[i][j]);
-                }
+            for (int i = 0; i < ROWS; ++i) {
+                if (row + i >= p.m) break;
+                *reinterpret_cast<uint4*>(shared + (row + i) * stride + column * 2) = scaled<EXPONENT>(values[i]);
             }
         }
     }
@@ -123,7 +72,8 @@ __device__ __forceinline__ void finish_gated(const Params& p, const float* sums,
         for (int h = 0; h < 2; ++h) {
             const int in_tile = row + ROWS * h;
             const float sum = tree_sum<SEGMENTS>(sums + in_tile * sum_stride + token, tile::ROWS * sum_stride);
-            values[h] = sum * (p.factors[row_tile * tile::ROWS + in_tile] * factor) + (p.bias != nullptr ? p.bias[n + half * h] : 0.0f);
+            values[h] = sum * (p.factors[row_tile * tile::ROWS + in_tile] * factor) +
+                        (p.bias != nullptr ? p.bias[n + half * h] : 0.0f);
         }
         static_cast<__nv_bfloat16*>(p.out)[size_t(token) * p.out_width + n] =
             __float2bfloat16(ops::swiglu(values[0], values[1]));
@@ -149,47 +99,9 @@ __device__ __forceinline__ void finish(const Params& p, const float* sums, int s
     }
 }
 
-/// Multiplies the tiles of a group, of which there are `left`, stage by stage: `arrived` waits for the next one and says
-/// where its tiles are, `done` says that they are not needed any more.
-template <int STAGE_TILES, typename WarpSums, typename Arrived, typename Done>
-__device__ __forceinline__ void multiply_stages(WarpSums& sums, int left, Arrived arrived, Done done, int lane) {
-    constexpr int TILE_BYTES = WarpSums::TILE_BYTES;
-    auto tiles_of = [&](auto first, bool all) {
-        constexpr int FIRST = decltype(first)::value;
-        const uint8_t* tiles = arrived();
-        if constexpr (STAGE_TILES >= 1) sums.template multiply<FIRST>(tiles, lane);
-        if constexpr (STAGE_TILES >= 2) {
-            if (all || left > FIRST + 1) sums.template multiply<FIRST + 1>(tiles + TILE_BYTES, lane);
-        }
-        if constexpr (STAGE_TILES >= 4) {
-            if (all || left > FIRST + 2) sums.template multiply<FIRST + 2>(tiles + 2 * TILE_BYTES, lane);
-            if (all || left > FIRST + 3) sums.template multiply<FIRST + 3>(tiles + 3 * TILE_BYTES, lane);
-        }
-        done();
-    };
-    auto stages = [&](bool all) {
-        tiles_of(std::integral_constant<int, 0>{}, all);
-        if constexpr (STAGE_TILES == 1) {
-            if (all || left > 1) tiles_of(std::integral_constant<int, 1>{}, all);
-        }
-        if constexpr (STAGE_TILES <= 2) {
-            if (all || left > 2) tiles_of(std::integral_constant<int, 2>{}, all);
-        }
-        if constexpr (STAGE_TILES == 1) {
-            if (all || left > 3) tiles_of(std::integral_constant<int, 3>{}, all);
-        }
-    };
-    // Most groups are whole: without questions.
-    if (left >= GROUP_TILES) {
-        stages(true);
-    } else {
-        stages(false);
-    }
-}
-
-template <tile::Format FORMAT, int M_TILE, int WARPS, int SEGMENTS, int STAGE_TILES, int STAGES>
+template <tile::Format FORMAT, int M_TILE, int SEGMENTS, int STAGE_TILES, int STAGES>
 __device__ __forceinline__ void gemm(const Params& p) {
-    using S = Shape<FORMAT, M_TILE, WARPS, SEGMENTS, STAGE_TILES, STAGES>;
+    using S = Shape<FORMAT, SEGMENTS, STAGE_TILES, STAGES>;
     extern __shared__ __align__(128) uint8_t shared[];
     // The same in all lanes, and known to be so by the compiler.
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -202,42 +114,18 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const int group = warp / SEGMENTS;
 
     const uint32_t base = ptx::shared_address(shared);
-    const uint32_t ring = base + warp * STAGES * S::STAGE_BYTES;
-    const uint32_t barriers = base + S::BARRIERS + warp * STAGES * 8;
     const uint32_t group_barriers = base + S::GROUP_BARRIERS + group * 16;
-    if (lane < STAGES) ptx::barrier_init(barriers + lane * 8, 1);
     // In a cluster the bytes of the sums are counted; alone, the warps that have stored theirs.
     if (warp % SEGMENTS == 0 && lane < 2) ptx::barrier_init(group_barriers + lane * 8, p.cluster > 1 ? 1 : SEGMENTS);
-    ptx::barrier_init_fence();
-    __syncwarp();
-
-    // Stages that are asked for before x: x waits behind them. With more rows there is more of it to wait for.
-    constexpr int AHEAD = M_TILE == 1 ? STAGES / 2 : STAGES;
-    // What is left to fetch: `fetch_rows` rows of `tiles` tiles, of the first one `fetch_tiles`.
-    const uint8_t* source = p.tiles + (size_t(first_row) * p.k_tiles + first_k) * S::TILE_BYTES;
-    const uint32_t row_gap = (row_step * p.k_tiles - tiles) * S::TILE_BYTES;
-    int fetch_tiles = tiles;
-    int fetch_rows = tiles > 0 && first_row < p.row_tiles ? (p.row_tiles - 1 - first_row) / row_step + 1 : 0;
-    auto fetch = [&](int stage) {
-        if (fetch_rows == 0) return;
-        const int count = min(STAGE_TILES, fetch_tiles);
-        const uint32_t bytes = count * S::TILE_BYTES;
-        if (ptx::elect_one()) {
-            ptx::barrier_arrive_expect(barriers + stage * 8, bytes);
-            ptx::bulk_load(ring + stage * S::STAGE_BYTES, source, bytes, barriers + stage * 8, ptx::L2_EVICT_FIRST);
-        }
-        source += bytes;
-        fetch_tiles -= count;
-        if (fetch_tiles == 0) fetch_tiles = tiles, source += row_gap, --fetch_rows;
-    };
-    for (int stage = 0; stage < AHEAD; ++stage) fetch(stage);
+    typename S::Ring ring(p, base + warp * S::Ring::BYTES, base + S::BARRIERS + warp * STAGES * 8, first_row, row_step,
+                          first_k, tiles, lane);
+    for (int stage = 0; stage < STAGES; ++stage) ring.fetch(p, stage);
     ptx::launch_dependents();
 
     const int x_tile = p.k_tiles * rank / p.cluster, x_tiles = p.k_tiles * (rank + 1) / p.cluster - x_tile;
     const int x_stride = S::x_stride(x_tiles);
     ptx::wait_for_dependencies();
-    load_x<X_EXPONENT<FORMAT>, M_TILE>(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
-    for (int stage = AHEAD; stage < STAGES; ++stage) fetch(stage);
+    load_x<X_EXPONENT<FORMAT>>(shared + S::x_offset(p.m), p, x_tile, x_tiles, x_stride);
     // From here on the CTAs of a cluster may write to each other's sums.
     if (p.cluster > 1) {
         ptx::cluster_sync();
@@ -245,8 +133,8 @@ __device__ __forceinline__ void gemm(const Params& p) {
         __syncthreads();
     }
 
-    using WarpSums = std::conditional_t<M_TILE == 1, OneTokenSums<FORMAT>, Sums<FORMAT, (M_TILE + 7) / 8>>;
-    constexpr int TOKEN_TILES = WarpSums::TILES;
+    constexpr int TOKEN_TILES = M_TILE / 8;
+    using WarpSums = Sums<FORMAT, TOKEN_TILES>;
     uint32_t x_first[TOKEN_TILES];
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
@@ -259,34 +147,32 @@ __device__ __forceinline__ void gemm(const Params& p) {
     const uint32_t my_sums = S::SUMS + (finishing_group * SEGMENTS + segment) * S::sum_floats(p.m) * 4 +
                              (lane / 4 * sum_stride + lane % 4 * 2) * 4;
 
-    int finish_row = clusters * (rank * S::GROUPS + group) + cluster;
     // Adds up and writes the results of `round`.
-    auto finish_round = [&](int round) {
+    auto finish_round = [&](uint32_t round) {
         ptx::barrier_wait(group_barriers + round % 2 * 8, round / 2 % 2);
         const uint8_t* sums =
             shared + S::SUMS + round % 2 * sum_bytes + group * SEGMENTS * S::sum_floats(p.m) * 4;
+        const int finish_row = clusters * (rank * S::GROUPS + group) + cluster + int(round) * row_step;
         if (finish_row < p.row_tiles) {
             finish<SEGMENTS>(p, reinterpret_cast<const float*>(sums), sum_stride, finish_row,
                              warp % SEGMENTS * 32 + lane, __uint_as_float(uint32_t(127 - X_EXPONENT<FORMAT>) << 23));
         }
-        finish_row += row_step;
     };
-    int stage = 0, round = 0;
-    uint32_t phase = 0;
-    for (int row = first_row; row - clusters * row_in_cluster < p.row_tiles; row += row_step) {
+    uint32_t round = 0;
+    for (; cluster + int(round) * row_step < p.row_tiles; ++round) {
+        // The factors come from memory: asked for now, they are in L2 when the results are finished. All warps ask, since a
+        // question of which one does takes a register more than there are.
+        if (FORMAT != tile::Format::Bf16 && lane == 0) {
+            const int finish_row = clusters * (rank * S::GROUPS + group) + cluster + int(round) * row_step;
+            if (finish_row < p.row_tiles) ptx::prefetch_l2(p.factors + finish_row * tile::ROWS);
+        }
         float totals[TOKEN_TILES][4] = {};
-        if (row < p.row_tiles) {
+        if (first_row + int(round) * row_step < p.row_tiles) {
             WarpSums sums;
             for (int left = tiles; left > 0; left -= GROUP_TILES) {
                 sums.begin(x_first, (tiles - left) * 128);
-                multiply_stages<STAGE_TILES>(sums, left, [&] {
-                    ptx::barrier_wait(barriers + stage * 8, phase);
-                    return shared + (warp * STAGES + stage) * S::STAGE_BYTES;
-                }, [&] {
-                    __syncwarp();
-                    fetch(stage);
-                    if (++stage == STAGES) stage = 0, phase ^= 1;
-                }, lane);
+                multiply_stages<STAGE_TILES>(sums, left, [&] { return shared + (ring.wait() - base); },
+                                             [&] { ring.release(p); }, lane);
                 sums.end();
             }
             sums.total(totals);
@@ -324,7 +210,6 @@ __device__ __forceinline__ void gemm(const Params& p) {
         }
         __syncwarp();
         if (p.cluster == 1 && lane == 0) ptx::barrier_arrive(group_barriers + barrier);
-        ++round;
     }
     if (p.cluster > 1 && round >= 2) ptx::cluster_wait();
     finish_round(round - 1);

@@ -116,7 +116,7 @@ struct Sums {
 /// it keeps the sums of that tile alone.
 template <tile::Format FORMAT>
 struct OneTokenSums {
-    static constexpr int TILES = 1, TILE_BYTES = tile::bytes(FORMAT);
+    static constexpr int TILE_BYTES = tile::bytes(FORMAT);
 
     /// Of rows g and g + 8 and tiles number t of their groups.
     float rows[2] = {};
@@ -126,10 +126,11 @@ struct OneTokenSums {
     uint32_t scales;
 
     /// Where a lane finds x: block l % 8 of eight, columns 8 (l / 8) and on.
-    static __device__ __forceinline__ uint32_t x_place(int lane, int, int, int) { return lane % 8 * 64 + lane / 8 * 16; }
+    static __device__ __forceinline__ uint32_t x_place(int lane) { return lane % 8 * 64 + lane / 8 * 16; }
 
-    __device__ __forceinline__ void begin(const uint32_t (&first)[1], uint32_t offset) {
-        load_constant_matrices(x, first[0] + offset);
+    /// From now on `multiply` is about the group of tiles whose x is at `place`.
+    __device__ __forceinline__ void begin(uint32_t place) {
+        load_constant_matrices(x, place);
         // A group may have fewer tiles.
 #pragma unroll
         for (int i = 0; i < 4; ++i) chosen[i] = 0.0f;
@@ -165,14 +166,15 @@ struct OneTokenSums {
         rows[1] = fmaf(chosen[3], multiplier<FORMAT, 3>(scales), rows[1]);
     }
 
-    __device__ __forceinline__ void total(float (&sums)[1][4]) const {
-        float all[2] = {rows[0], rows[1]};
+    /// The sums over all blocks, of rows g and g + 8.
+    __device__ __forceinline__ float2 total() const {
+        float2 all = make_float2(rows[0], rows[1]);
 #pragma unroll
         for (int distance = 1; distance <= 2; distance *= 2) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) all[i] += __shfl_xor_sync(0xFFFFFFFFu, all[i], distance);
+            all.x += __shfl_xor_sync(0xFFFFFFFFu, all.x, distance);
+            all.y += __shfl_xor_sync(0xFFFFFFFFu, all.y, distance);
         }
-        sums[0][0] = all[0], sums[0][1] = 0.0f, sums[0][2] = all[1], sums[0][3] = 0.0f;
+        return all;
     }
 };
 

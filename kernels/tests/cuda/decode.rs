@@ -209,8 +209,9 @@ fn inputs_are_quantized_as_declared() {
 fn a_row_does_not_depend_on_its_neighbours() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(13);
-    // Few tiles for a warp, whole groups of four and more, and a weight whose K is cut into fewer parts.
-    let shapes = [[70, 1408], [33, 4160], [6200, 1088]];
+    // Few tiles for a warp, whole groups of four and more, a weight whose K is cut into fewer parts, and rows so long that even
+    // one takes several blocks.
+    let shapes = [[70, 1408], [33, 4160], [6200, 1088], [17, 114_688]];
     for element in [ElementType::E2m1, ElementType::E2m3, ElementType::E4m3, ElementType::Int8] {
         for [n, k] in shapes {
             let rows = Rows::mx(&mut random, element, [n, k]);

@@ -1,4 +1,4 @@
-//! Products of few rows with tiled weights: launcher of `cuda/gemm/decode.cuh`.
+//! Products of few rows with tiled weights: launcher of `cuda/gemm/decode.cuh` and `decode_one.cuh`.
 
 use std::sync::Arc;
 
@@ -13,8 +13,8 @@ const WARPS: u32 = 16;
 /// CTAs of a cluster: they share the work along K.
 const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 
-/// Rows of x that a kernel computes at once: one kernel each.
-const M_TILES: [usize; 3] = [1, 8, 16];
+/// Rows of x that a kernel computes at once: one kernel each, and one for a single row.
+const M_TILES: [usize; 2] = [8, 16];
 
 /// Most rows of x that leave room for a deep ring.
 const FEW_ROWS: usize = 8;
@@ -22,18 +22,23 @@ const FEW_ROWS: usize = 8;
 /// Tiles that a warp takes together: it may read as much of x beyond the end.
 const GROUP_TILES: usize = 4;
 
+/// Kernels of a format: for one row, and for [`M_TILES`].
+type Kernels<Kernel> = (Kernel, [Kernel; M_TILES.len()]);
+
 macro_rules! kernels {
     ($($format:literal $segments:literal),* $(,)?) => {
-        [$([
-            concat!("decode_", $format, "_m1_k", $segments),
-            concat!("decode_", $format, "_m8_k", $segments),
-            concat!("decode_", $format, "_m16_k", $segments),
-        ]),*]
+        [$((
+            concat!("decode_", $format, "_one_k", $segments),
+            [
+                concat!("decode_", $format, "_m8_k", $segments),
+                concat!("decode_", $format, "_m16_k", $segments),
+            ],
+        )),*]
     };
 }
 
-/// Kernels, in the order of [`TileFormat::ALL`] and [`M_TILES`]; the last for [`FEW_SEGMENTS`].
-const KERNELS: [[&str; M_TILES.len()]; TileFormat::ALL.len() + 1] =
+/// Kernels, in the order of [`TileFormat::ALL`]; the last for [`FEW_SEGMENTS`].
+const KERNELS: [Kernels<&str>; TileFormat::ALL.len() + 1] =
     kernels!("e2m1" 8, "e2m3" 8, "e3m2" 8, "e4m3" 8, "e5m2" 8, "int8" 8, "bf16" 8, "e2m1" 4);
 
 /// Parts that K is split into.
@@ -47,16 +52,23 @@ const MANY_ROW_TILES: usize = 384;
 /// still run would otherwise get two on one multiprocessor and none on another.
 const LEAST_SHARED_BYTES: usize = 116 * 1024;
 
-/// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them.
-const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
-    let (one, few) = (rows == 1, rows <= FEW_ROWS);
+/// Tiles of a stage of a warp's ring, and stages, as `decode.cu` instantiates them for one row.
+const fn one_row_ring(format: TileFormat) -> [usize; 2] {
     match format {
-        TileFormat::E2m1 if one => [4, 2],
+        TileFormat::E2m1 | TileFormat::E2m3 | TileFormat::E3m2 => [4, 2],
+        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 => [2, 2],
+        TileFormat::Bf16 => [1, 4],
+    }
+}
+
+/// The same for several rows.
+const fn ring(format: TileFormat, rows: usize) -> [usize; 2] {
+    let few = rows <= FEW_ROWS;
+    match format {
         TileFormat::E2m1 if few => [4, 3],
         TileFormat::E2m1 => [2, 3],
         TileFormat::E2m3 | TileFormat::E3m2 if few => [4, 2],
         TileFormat::E2m3 | TileFormat::E3m2 => [2, 2],
-        TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if one => [2, 2],
         TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 if few => [2, 3],
         TileFormat::E4m3 | TileFormat::E5m2 | TileFormat::Int8 => [1, 3],
         TileFormat::Bf16 if few => [1, 4],
@@ -88,23 +100,37 @@ struct Params {
 // SAFETY: numbers and addresses in the order of the kernel's structure.
 unsafe impl Argument for Params {}
 
+/// How a product is computed.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    /// Launches, which share the rows.
+    passes: usize,
+    /// CTAs of a cluster.
+    cluster: usize,
+    /// Which of [`M_TILES`]; none for the kernel for one row.
+    tile: Option<usize>,
+    /// Dynamic shared memory of the pass with the most rows.
+    shared_bytes: usize,
+}
+
 /// The kernels for few rows.
 #[derive(Debug)]
 pub(crate) struct DecodeGemm {
     context: Arc<Context>,
-    kernels: Vec<[Function; M_TILES.len()]>,
+    kernels: Vec<Kernels<Function>>,
     /// Clusters of each size of [`CLUSTERS`] that run at once; 0 where the device has no room for one.
     clusters: [usize; CLUSTERS.len()],
 }
 
 impl DecodeGemm {
     pub(crate) fn new(context: &Arc<Context>) -> Self {
-        let kernels: Vec<[Function; M_TILES.len()]> =
-            KERNELS.iter().map(|names| names.map(|name| context.function(name))).collect();
+        let function = |name| context.function(name);
+        let kernels: Vec<Kernels<Function>> =
+            KERNELS.iter().map(|&(one, several)| (function(one), several.map(function))).collect();
         let shared = context.properties().max_shared_bytes;
         let clusters = CLUSTERS.map(|cluster| {
             let launch = Launch::new(cluster as u32, 32 * WARPS).shared(shared).cluster(cluster as u32);
-            context.most_clusters(&kernels[0][0], &launch)
+            context.most_clusters(&kernels[0].1[0], &launch)
         });
         Self { context: Arc::clone(context), kernels, clusters }
     }
@@ -130,18 +156,16 @@ impl DecodeGemm {
         } else {
             (&self.kernels[layout.format as usize], SEGMENTS)
         };
-        let [passes, cluster] = self.plan(layout.format, segments, layout.k_tiles(), product.rows);
+        let Plan { passes, cluster, tile, shared_bytes } =
+            self.plan(layout.format, segments, layout.k_tiles(), product.rows);
         let int = |value: usize| i32::try_from(value).expect("dimensions fit 31 bits");
         let clusters =
             self.clusters[cluster.ilog2() as usize].min(layout.row_tiles().div_ceil(cluster)).max(1);
-        // The first pass has the most rows; the others use its kernel, which is known to fit.
-        let most = product.rows.div_ceil(passes);
-        let tile = M_TILES.iter().position(|&tile| most <= tile).expect("a tile for every plan");
+        let kernel = tile.map_or(&kernels.0, |tile| &kernels.1[tile]);
+        let shared = shared_bytes.max(LEAST_SHARED_BYTES) as u32;
         let mut first = 0;
         for pass in 0..passes {
             let rows = (product.rows - first).div_ceil(passes - pass);
-            let shared = shared_bytes(layout.format, segments, most, layout.k_tiles(), cluster);
-            let shared = shared.max(LEAST_SHARED_BYTES);
             let launch = Launch::new((clusters * cluster) as u32, 32 * WARPS).cluster(cluster as u32);
             let params = Params {
                 tiles: weight.tiles(),
@@ -160,16 +184,21 @@ impl DecodeGemm {
                 out_is_f32: i32::from(product.out_dtype == Dtype::F32),
                 is_gated: i32::from(product.is_gated),
             };
-            let kernel = &kernels[tile];
             // SAFETY: the caller's promise; the weight's addresses have what its layout says.
-            unsafe { self.context.launch(kernel, &launch.shared(shared as u32), &[&params]) };
+            unsafe { self.context.launch(kernel, &launch.shared(shared), &[&params]) };
             first += rows;
         }
     }
 
-    /// The number of launches, and of CTAs in a cluster, that take the least time for `rows` rows.
-    fn plan(&self, format: TileFormat, segments: usize, k_tiles: usize, rows: usize) -> [usize; 2] {
+    /// What takes the least time for `rows` rows.
+    fn plan(&self, format: TileFormat, segments: usize, k_tiles: usize, rows: usize) -> Plan {
         let limit = self.context.properties().max_shared_bytes as usize;
+        if rows == 1 {
+            let shared_bytes = one_row_shared_bytes(format, segments, k_tiles);
+            if shared_bytes <= limit {
+                return Plan { passes: 1, cluster: 1, tile: None, shared_bytes };
+            }
+        }
         let most = M_TILES[M_TILES.len() - 1];
         let fits = |rows, cluster| shared_bytes(format, segments, rows, k_tiles, cluster) <= limit;
         let plans = CLUSTERS
@@ -185,11 +214,30 @@ impl DecodeGemm {
                 Some((cost, [passes, cluster]))
             });
         let best = plans.min_by(|(a, _), (b, _)| a.total_cmp(b));
-        best.unwrap_or_else(|| panic!("no shared memory for a row of {k_tiles} x 64 elements")).1
+        let [passes, cluster] =
+            best.unwrap_or_else(|| panic!("no shared memory for a row of {k_tiles} x 64 elements")).1;
+        // The first pass has the most rows; the others use its kernel, which is known to fit.
+        let most = rows.div_ceil(passes);
+        let tile = M_TILES.iter().position(|&tile| most <= tile).expect("a tile for every plan");
+        let shared_bytes = shared_bytes(format, segments, most, k_tiles, cluster);
+        Plan { passes, cluster, tile: Some(tile), shared_bytes }
     }
 }
 
-/// Dynamic shared memory of a kernel: ring, barriers, two buffers of sums, x and a margin (`Shape` in `decode.cuh`).
+/// Dynamic shared memory of a kernel for one row: rings, barriers, two buffers of sums and of factors, x and a margin
+/// (`OneShape` in `decode_one.cuh`).
+fn one_row_shared_bytes(format: TileFormat, segments: usize, k_tiles: usize) -> usize {
+    let [stage_tiles, stages] = one_row_ring(format);
+    let (warps, groups) = (WARPS as usize, WARPS as usize / segments);
+    let rings = warps * stages * stage_tiles * format.tile_bytes();
+    let barriers = (warps * stages + 2 * groups) * 8;
+    let sums_and_factors = 2 * (warps + groups) * TILE_ROWS * size_of::<f32>();
+    let x = (k_tiles + GROUP_TILES) * TILE_COLS * size_of::<u16>();
+    (rings + barriers).next_multiple_of(16) + sums_and_factors + x
+}
+
+/// Dynamic shared memory of a kernel for several rows: rings, barriers, two buffers of sums, x and a margin (`Shape` in
+/// `decode.cuh`).
 fn shared_bytes(format: TileFormat, segments: usize, rows: usize, k_tiles: usize, cluster: usize) -> usize {
     let [stage_tiles, stages] = ring(format, rows);
     let warps = WARPS as usize;
