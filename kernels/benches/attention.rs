@@ -8,7 +8,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use kernels::{AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KvCacheDtype, PagedKv};
+use kernels::{
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, InputForm, KvCacheDtype, PagedKv,
+};
 
 /// Heads of SmolLM2-135M and of Llama-3.2-1B.
 const HEADS: [Heads; 2] = [Heads { q: 9, kv: 3, dim: 64 }, Heads { q: 32, kv: 8, dim: 64 }];
@@ -115,7 +117,7 @@ fn measure(
     let mut next = 0;
     let seconds = seconds(|| {
         let cache = &caches[next % layers];
-        backend.paged_attention(&qkv, heads, 0.125, None, &inputs, cache, &mut out);
+        backend.paged_attention(&qkv, heads, 0.125, None, &inputs, cache, InputForm::Plain, &mut out);
         next += 1;
     });
     // Token i of the last `tokens` sees context - tokens + 1 + i positions.

@@ -12,8 +12,8 @@ mod synthetic;
 use std::time::Instant;
 
 use kernels::{
-    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KV_BLOCK_TOKENS, KvCacheDtype,
-    PagedKv, SampleParams, open,
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, InputForm, KV_BLOCK_TOKENS,
+    KvCacheDtype, PagedKv, SampleParams, open,
 };
 
 use synthetic::noise;
@@ -138,7 +138,16 @@ fn attention(
         max_blocks,
     };
     time(gpu, &mut |i| {
-        gpu.paged_attention(&qkv, HEADS, 0.088, None, &inputs, &caches[i % caches.len()], &mut out);
+        gpu.paged_attention(
+            &qkv,
+            HEADS,
+            0.088,
+            None,
+            &inputs,
+            &caches[i % caches.len()],
+            InputForm::Plain,
+            &mut out,
+        );
     })
 }
 
@@ -154,7 +163,7 @@ fn rows(gpu: &dyn Backend, dtype: KvCacheDtype) {
         let mut normed = activations(gpu, rows * HIDDEN);
         let mut residual = gpu.alloc(Dtype::F32, rows * HIDDEN, Component::Workspace).expect("memory");
         let secs = time(gpu, &mut |_| {
-            gpu.add_rms_norm(&delta, &mut residual, &weight, 1e-5, rows, &mut normed);
+            gpu.add_rms_norm(&delta, &mut residual, &weight, 1e-5, rows, InputForm::Plain, &mut normed);
         });
         report("add_rms_norm", secs, rows * HIDDEN * 12);
 

@@ -164,8 +164,20 @@ impl<'a> Step<'a> {
     fn layer(&mut self, layer: &Layer, index: usize, parts: &[Part]) {
         let Self { gpu, rows, sequences, context, .. } = *self;
         let has = |part| parts.contains(&part);
+        let form = |weight| gpu.input_form(&[weight], rows);
+        let norm = |step: &mut Self, form| {
+            gpu.add_rms_norm(
+                &step.delta,
+                &mut step.residual,
+                &layer.norm,
+                1e-5,
+                rows,
+                form,
+                &mut step.normed,
+            );
+        };
         if has(Part::Norms) {
-            gpu.add_rms_norm(&self.delta, &mut self.residual, &layer.norm, 1e-5, rows, &mut self.normed);
+            norm(self, form(&layer.qkv));
         }
         if has(Part::Products) {
             gpu.linear(&self.normed, rows, &layer.qkv, &mut self.qkv, HEADS.qkv_width(), 0);
@@ -183,17 +195,18 @@ impl<'a> Step<'a> {
                 block_tables: &self.block_tables,
                 max_blocks: context / KV_BLOCK_TOKENS,
             };
-            gpu.paged_attention(&self.qkv, HEADS, 0.088, None, &inputs, cache, &mut self.attention);
+            let form = form(&layer.output);
+            gpu.paged_attention(&self.qkv, HEADS, 0.088, None, &inputs, cache, form, &mut self.attention);
         }
         if has(Part::Products) {
             gpu.linear(&self.attention, rows, &layer.output, &mut self.delta, HIDDEN, 0);
         }
         if has(Part::Norms) {
-            gpu.add_rms_norm(&self.delta, &mut self.residual, &layer.norm, 1e-5, rows, &mut self.normed);
+            norm(self, form(&layer.gate_up));
         }
         if has(Part::Products) {
             let Self { normed, gate_up, activated, .. } = self;
-            gpu.gated_linear(normed, rows, &layer.gate_up, gate_up, activated);
+            gpu.gated_linear(normed, rows, &layer.gate_up, gate_up, form(&layer.down), activated);
             gpu.linear(&self.activated, rows, &layer.down, &mut self.delta, HIDDEN, 0);
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
 use crate::graph::Graph;
+use crate::input::InputForm;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, MxTensor, Rotation, ScaleRounding, Scheme};
 use crate::weight::Weight;
@@ -337,10 +338,17 @@ pub trait Backend {
     /// `out[m] = x[indices[m]]`, rows of `width` elements.
     fn gather_rows(&self, x: &Buffer, indices: &Buffer, rows: usize, width: usize, out: &mut Buffer);
 
-    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`; `weight` F32 `[width]`.
-    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer);
+    /// The form in which `rows` rows of activations are best left for products with all of `weights`. An operator that is
+    /// given it leaves them so if it can: [`Buffer::form`] says what it did.
+    fn input_form(&self, _weights: &[&Weight], _rows: usize) -> InputForm {
+        InputForm::Plain
+    }
+
+    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`, in `form`; `weight` F32 `[width]`.
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, form: InputForm, out: &mut Buffer);
 
     /// `residual[m] += delta[m]`, then [`rms_norm`](Self::rms_norm) of the residual into `out`.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     fn add_rms_norm(
         &self,
         delta: &Buffer,
@@ -348,11 +356,12 @@ pub trait Backend {
         weight: &Buffer,
         eps: f32,
         rows: usize,
+        form: InputForm,
         out: &mut Buffer,
     );
 
     /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the rotation and then the activation
-    /// format that the weight's scheme declares. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at
+    /// format that the weight's scheme declares, unless `x` was left so. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at
     /// `column`.
     fn linear(
         &self,
@@ -383,7 +392,7 @@ pub trait Backend {
     );
 
     /// Causal attention of the q part of `qkv` over the cache: the row at position p sees positions
-    /// `max(0, p + 1 - window) ..= p`. `out` is `[M, heads.q_width()]`; scores are multiplied by `scale`.
+    /// `max(0, p + 1 - window) ..= p`. `out` is `[M, heads.q_width()]`, in `form`; scores are multiplied by `scale`.
     #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     fn paged_attention(
         &self,
@@ -393,6 +402,7 @@ pub trait Backend {
         window: Option<usize>,
         inputs: &AttentionInputs<'_>,
         cache: &PagedKv,
+        form: InputForm,
         out: &mut Buffer,
     );
 
@@ -404,9 +414,17 @@ pub trait Backend {
         false
     }
 
-    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, where `gate_up` is what [`linear`](Self::linear) makes of
+    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, in `form`, where `gate_up` is what [`linear`](Self::linear) makes of
     /// `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is `[M, N]`.
-    fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, scratch: &mut Buffer, out: &mut Buffer) {
+    fn gated_linear(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Weight,
+        scratch: &mut Buffer,
+        _form: InputForm,
+        out: &mut Buffer,
+    ) {
         let n = weight.shape()[0];
         self.linear(x, rows, weight, scratch, n, 0);
         self.silu_mul(scratch, rows, n / 2, out);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cpu::AlignedBytes;
+use crate::input::InputForm;
 
 /// Element type of a [`Buffer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +103,7 @@ impl Drop for Charge {
 #[derive(Debug)]
 pub struct Buffer {
     pub(crate) storage: Storage,
+    form: InputForm,
     _charge: Charge,
 }
 
@@ -121,7 +123,18 @@ pub(crate) enum Storage {
 
 impl Buffer {
     pub(crate) fn new(storage: Storage, charge: Charge) -> Self {
-        Self { storage, _charge: charge }
+        Self { storage, form: InputForm::Plain, _charge: charge }
+    }
+
+    /// What its elements are: what the last operator that wrote here left. All but products read plain elements alone.
+    pub fn form(&self) -> InputForm {
+        self.form
+    }
+
+    /// Says what an operator leaves here.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn set_form(&mut self, form: InputForm) {
+        self.form = form;
     }
 
     /// Element type.

@@ -1,6 +1,6 @@
 //! The decoder that the Llama family shares: embedding, layers, final norm, output head.
 
-use kernels::{Backend, Buffer, Weight};
+use kernels::{Backend, Buffer, InputForm, Weight};
 
 use crate::layers::{Attention, DecoderLayer, GatedMlp, Linear, Module, RmsNorm, parameter};
 use crate::parameters::ParameterSource;
@@ -172,16 +172,18 @@ impl Model for Decoder {
         backend.embed(&self.embed, &step.tokens, rows, &mut ws.residual);
         backend.rope_table(&step.positions, &self.inv_freq, self.config.rope.factor, rows, &mut ws.rope);
         for (index, (layer, cache)) in self.layers.iter().zip(kv.layers_mut()).enumerate() {
+            let form = layer.attention.qkv.input_form(backend, rows);
             if index == 0 {
-                layer.input_norm.forward(backend, rows, ws);
+                layer.input_norm.forward(backend, rows, form, ws);
             } else {
-                layer.input_norm.add_forward(backend, rows, ws);
+                layer.input_norm.add_forward(backend, rows, form, ws);
             }
             layer.forward(backend, step, cache, ws, &mut |linear, x| {
                 observer.linear_input(index, &mut linear.module_names(), x, linear.cols());
             });
         }
-        self.norm.add_forward(backend, rows, ws);
+        // Heads multiply some of the rows, whatever these are.
+        self.norm.add_forward(backend, rows, InputForm::Plain, ws);
     }
 
     fn logits(&self, backend: &dyn Backend, rows: &[u32], ws: &mut Workspace) {

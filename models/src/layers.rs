@@ -2,7 +2,7 @@
 
 use kernels::mx::Scheme;
 use kernels::{
-    Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, PagedKv, Weight, WeightSource,
+    Backend, Buffer, Component, DenseDtype, Dtype, HeadNorm, Heads, InputForm, PagedKv, Weight, WeightSource,
 };
 
 use crate::checkpoint::LinearTensor;
@@ -98,6 +98,12 @@ impl Linear {
         for part in &self.parts {
             backend.linear(x, rows, &part.weight, out, self.width, part.column);
         }
+    }
+
+    /// The form in which its input is best left.
+    pub(crate) fn input_form(&self, backend: &dyn Backend, rows: usize) -> InputForm {
+        let weights: Vec<&Weight> = self.parts.iter().map(|part| &part.weight).collect();
+        backend.input_form(&weights, rows)
     }
 
     /// The stacks.
@@ -197,14 +203,21 @@ impl RmsNorm {
         Ok(Self { weight: parameter(backend, &weight)?, eps })
     }
 
-    /// Norms the residual stream into `ws.normed`.
-    pub(crate) fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
-        backend.rms_norm(&ws.residual, &self.weight, self.eps, rows, &mut ws.normed);
+    /// Norms the residual stream into `ws.normed`, left in `form`.
+    pub(crate) fn forward(&self, backend: &dyn Backend, rows: usize, form: InputForm, ws: &mut Workspace) {
+        backend.rms_norm(&ws.residual, &self.weight, self.eps, rows, form, &mut ws.normed);
     }
 
-    /// Adds `ws.delta` to the residual stream, then norms it into `ws.normed`.
-    pub(crate) fn add_forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
-        backend.add_rms_norm(&ws.delta, &mut ws.residual, &self.weight, self.eps, rows, &mut ws.normed);
+    /// Adds `ws.delta` to the residual stream, then norms it into `ws.normed`, left in `form`.
+    pub(crate) fn add_forward(
+        &self,
+        backend: &dyn Backend,
+        rows: usize,
+        form: InputForm,
+        ws: &mut Workspace,
+    ) {
+        let Workspace { delta, residual, normed, .. } = ws;
+        backend.add_rms_norm(delta, residual, &self.weight, self.eps, rows, form, normed);
     }
 
     /// Number of elements.
@@ -229,16 +242,17 @@ impl Attention {
     fn forward(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
         let rows = step.rows();
         self.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
-        self.attend(backend, step, cache, ws);
+        self.attend(backend, step, cache, self.output.input_form(backend, rows), ws);
         self.output.forward(backend, &ws.attention, rows, &mut ws.delta);
     }
 
-    /// From `ws.qkv` to `ws.attention`.
+    /// From `ws.qkv` to `ws.attention`, left in `form`.
     pub(crate) fn attend(
         &self,
         backend: &dyn Backend,
         step: &StepInputs,
         cache: &mut PagedKv,
+        form: InputForm,
         ws: &mut Workspace,
     ) {
         let (rows, heads) = (step.rows(), self.heads);
@@ -246,7 +260,7 @@ impl Attention {
         backend.rope_and_cache(&mut ws.qkv, heads, &ws.rope, norm, &step.slots, rows, cache);
         let scale = (heads.dim as f32).sqrt().recip();
         let inputs = step.attention();
-        backend.paged_attention(&ws.qkv, heads, scale, self.window, &inputs, cache, &mut ws.attention);
+        backend.paged_attention(&ws.qkv, heads, scale, self.window, &inputs, cache, form, &mut ws.attention);
     }
 }
 
@@ -262,14 +276,15 @@ pub(crate) struct GatedMlp {
 impl GatedMlp {
     /// From `ws.normed` to `ws.delta`.
     fn forward(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
-        self.activate(backend, rows, ws);
+        self.activate(backend, rows, self.down.input_form(backend, rows), ws);
         self.down.forward(backend, &ws.activated, rows, &mut ws.delta);
     }
 
-    /// From `ws.normed` to `ws.activated`.
-    pub(crate) fn activate(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace) {
+    /// From `ws.normed` to `ws.activated`, left in `form`, if both are multiplied at once.
+    pub(crate) fn activate(&self, backend: &dyn Backend, rows: usize, form: InputForm, ws: &mut Workspace) {
         if let [both] = self.gate_up.parts() {
-            backend.gated_linear(&ws.normed, rows, &both.weight, &mut ws.gate_up, &mut ws.activated);
+            let Workspace { normed, gate_up, activated, .. } = ws;
+            backend.gated_linear(normed, rows, &both.weight, gate_up, form, activated);
         } else {
             ws.reserve_gate_up(backend, 2 * self.width);
             self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
@@ -290,7 +305,7 @@ pub(crate) struct DecoderLayer {
 impl DecoderLayer {
     /// From `ws.normed`, the result of `input_norm`, to `ws.delta`. Adding it to the residual stream is left to the
     /// norm that comes next, so that both are one pass. `observe` sees each group of linear modules with its input,
-    /// `[rows, K]`.
+    /// `[rows, K]`, in the form in which it was left.
     pub(crate) fn forward(
         &self,
         backend: &dyn Backend,
@@ -302,7 +317,8 @@ impl DecoderLayer {
         observe(&self.attention.qkv, &ws.normed);
         self.attention.forward(backend, step, cache, ws);
         observe(&self.attention.output, &ws.attention);
-        self.post_attention_norm.add_forward(backend, step.rows(), ws);
+        let form = self.mlp.gate_up.input_form(backend, step.rows());
+        self.post_attention_norm.add_forward(backend, step.rows(), form, ws);
         observe(&self.mlp.gate_up, &ws.normed);
         self.mlp.forward(backend, step.rows(), ws);
         observe(&self.mlp.down, &ws.activated);

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kernels::{Backend, Buffer, Component, Dtype, KV_BLOCK_TOKENS, KvCacheDtype, PagedKv, Weight};
+use kernels::{Backend, Buffer, Component, Dtype, InputForm, KV_BLOCK_TOKENS, KvCacheDtype, PagedKv, Weight};
 
 use crate::checkpoint::{CheckpointError, LinearTensor};
 use crate::decoder::{LayerLoader, WeightNames};
@@ -212,7 +212,7 @@ impl<'a> Stager<'a> {
     /// Computes the input of the layer's first stage.
     pub fn begin(&mut self, layer: &StagedLayer, state: &mut WindowState) {
         self.backend.write_f32(&mut self.workspace.residual, 0, &state.residual);
-        layer.layer.input_norm.forward(self.backend, self.tokens, &mut self.workspace);
+        layer.layer.input_norm.forward(self.backend, self.tokens, InputForm::Plain, &mut self.workspace);
         state.input = self.read(&self.workspace.normed, self.config.hidden_size);
     }
 
@@ -229,20 +229,20 @@ impl<'a> Stager<'a> {
             Stage::Qkv => {
                 backend.write_f32(&mut ws.normed, 0, &state.input);
                 layer.attention.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
-                layer.attention.attend(backend, &self.step, &mut self.cache, ws);
+                layer.attention.attend(backend, &self.step, &mut self.cache, InputForm::Plain, ws);
                 state.input = self.read(&self.workspace.attention, self.config.heads.q_width());
             }
             Stage::AttentionOutput => {
                 backend.write_f32(&mut ws.attention, 0, &state.input);
                 backend.write_f32(&mut ws.residual, 0, &state.residual);
                 layer.attention.output.forward(backend, &ws.attention, rows, &mut ws.delta);
-                layer.post_attention_norm.add_forward(backend, rows, ws);
+                layer.post_attention_norm.add_forward(backend, rows, InputForm::Plain, ws);
                 state.residual = self.read(&self.workspace.residual, hidden);
                 state.input = self.read(&self.workspace.normed, hidden);
             }
             Stage::GateUp => {
                 backend.write_f32(&mut ws.normed, 0, &state.input);
-                layer.mlp.activate(backend, rows, ws);
+                layer.mlp.activate(backend, rows, InputForm::Plain, ws);
                 state.input = self.read(&self.workspace.activated, width);
             }
             Stage::Down => {
@@ -291,7 +291,7 @@ impl<'a> Stager<'a> {
     /// Computes the final hidden states of a window.
     fn final_norm(&mut self, ends: &Ends, state: &WindowState) {
         self.backend.write_f32(&mut self.workspace.residual, 0, &state.residual);
-        ends.norm.forward(self.backend, self.tokens, &mut self.workspace);
+        ends.norm.forward(self.backend, self.tokens, InputForm::Plain, &mut self.workspace);
     }
 
     /// Computes the logits of some of the final hidden states.

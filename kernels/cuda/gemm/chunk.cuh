@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-#include "mx/quantize.cuh"
+#include "mx/prepare.cuh"
 
 namespace gemm {
 
@@ -41,10 +41,10 @@ struct PlainChunk {
     }
 };
 
-/// The values times the Hadamard matrix of their block, Sylvester's, over the square root of 32: F32, with the sums in the
-/// order of the host library, so that both round the same.
+/// The values rotated, in F32.
 struct RotatedChunk {
     static constexpr bool IS_SMALL = false;
+    using Layout = mx::SideBySide<CHUNK>;
 
     float values[CHUNK];
 
@@ -52,27 +52,9 @@ struct RotatedChunk {
     __device__ __forceinline__ void load(const uint4* x, size_t index, uint32_t lanes) {
         PlainChunk plain;
         plain.load(x, index, lanes);
-        // The first stage adds and subtracts the halves of the block.
-        const bool is_upper = index % 2 != 0;
 #pragma unroll
-        for (int i = 0; i < CHUNK; ++i) {
-            const float mine = i % 2 == 0 ? plain.low(i / 2) : plain.high(i / 2);
-            const float other = __shfl_xor_sync(lanes, mine, 1);
-            values[i] = is_upper ? other - mine : mine + other;
-        }
-#pragma unroll
-        for (int distance = CHUNK / 2; distance > 0; distance /= 2) {
-#pragma unroll
-            for (int i = 0; i < CHUNK; ++i) {
-                if (i & distance) continue;
-                const float a = values[i], b = values[i + distance];
-                values[i] = a + b;
-                values[i + distance] = a - b;
-            }
-        }
-        // 1 / sqrt(32).
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i) values[i] = __fmul_rn(values[i], 0.17677669f);
+        for (int i = 0; i < CHUNK / 2; ++i) values[2 * i] = plain.low(i), values[2 * i + 1] = plain.high(i);
+        mx::rotate<Layout>(values, lanes);
     }
 
     __device__ __forceinline__ float low(int i) const { return values[2 * i]; }
@@ -80,10 +62,7 @@ struct RotatedChunk {
 
     /// As `PlainChunk::scale`.
     __device__ __forceinline__ uint32_t scale(const mx::MxGrid& grid, uint32_t lanes) const {
-        uint32_t amax = 0;
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i) amax = max(amax, __float_as_uint(values[i]) & 0x7FFFFFFFu);
-        return mx::shared_scale(grid, max(amax, __shfl_xor_sync(lanes, amax, 1)));
+        return mx::block_scale<Layout>(grid, values, lanes);
     }
 };
 

@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
+#include "mx/prepare.cuh"
 #include "mx/tile.cuh"
 #include "ops/swiglu.cuh"
+#include "ops/vector.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/matrix.cuh"
 
@@ -46,6 +48,8 @@ struct PrefillArgs {
     uint32_t is_gated;
     /// Parts that K is cut into: 1, 2, 4 or 8. With more than one, all CTAs of the grid run at once, and have one at most.
     uint32_t parts;
+    /// What is done to results of `is_gated`, of which N / 2 is then a multiple of 32, for the product that follows.
+    mx::Preparation preparation;
     /// Sums of parts, F32 [result][part][64 GROUPS x TOKENS]; and for each result how many are there, zero between launches.
     float4* partial_sums;
     uint32_t* arrivals;
@@ -105,6 +109,18 @@ __device__ __forceinline__ void write_eight(const PrefillArgs& args, __nv_bfloat
     }
 }
 
+/// Eight results, prepared: four lanes have a block.
+__device__ __forceinline__ uint4 prepare_eight(const mx::Preparation& preparation, uint4 results) {
+    float v[8];
+    ops::unpack_bf16(results.x, v[0], v[1]);
+    ops::unpack_bf16(results.y, v[2], v[3]);
+    ops::unpack_bf16(results.z, v[4], v[5]);
+    ops::unpack_bf16(results.w, v[6], v[7]);
+    mx::prepare<mx::SideBySide<8>>(preparation, v, 0xFFFFFFFFu);
+    return make_uint4(ops::pack_bf16(v[0], v[1]), ops::pack_bf16(v[2], v[3]), ops::pack_bf16(v[4], v[5]),
+                      ops::pack_bf16(v[6], v[7]));
+}
+
 /// Writes the 32 results of each of STAGED_TOKENS tokens that a warpgroup has of a gated product: eight of each of its
 /// four tiles. `value(j, i)` is the calling thread's for token 8 j + 2 (lane % 4) + i.
 template <typename IsWritten, typename Value>
@@ -130,7 +146,8 @@ __device__ __forceinline__ void store_gated(const PrefillArgs& args, uint32_t st
 #pragma unroll
     for (int pass = 0; pass < STAGED_TOKENS / 32; ++pass) {
         const uint32_t local = pass * 32 + thread / 4, token = chunk_token + local;
-        const uint4 results = load_staged(staging_place(staging, local, eight));
+        uint4 results = load_staged(staging_place(staging, local, eight));
+        if (args.preparation.is_needed()) results = prepare_eight(args.preparation, results);
         if (!is_written(token) || columns.first >= columns.end) continue;
         write_eight(args, static_cast<__nv_bfloat16*>(args.out) + token * args.out_stride + first, results, columns);
     }

@@ -3,33 +3,12 @@
 // Two lanes hold a block of 32: 16 consecutive values each.
 
 #include "gemm/chunk.cuh"
-#include "mx/quantize.cuh"
 #include "ptx/launch.cuh"
 
 namespace gemm {
 
 /// Chunks that a thread of quantize_to_e4m3 has.
 constexpr int HELD = 4;
-
-/// As E4M3, nearest even, saturating, in the low 16 bits.
-__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-/// E4M3 as F16, exactly.
-__device__ __forceinline__ uint32_t e4m3_to_f16(uint32_t pair) {
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
-    return halves;
-}
 
 /// `out` = what `convert` makes of every chunk of `x`: BF16 pairs. `chunks` is M * K / 16.
 template <class Chunk, class Convert>
@@ -75,15 +54,12 @@ __device__ __forceinline__ void quantize_to_bf16(const uint4* x, const mx::MxGri
 template <class Chunk>
 __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGrid& grid, uint32_t row_chunks, uint4* out,
                                                  float* factors, uint32_t* inexact) {
-    __shared__ uint32_t largest;
     ptx::launch_dependents();
-    if (threadIdx.x == 0) largest = 0;
     ptx::wait_for_dependencies();
     const size_t row = size_t(blockIdx.x) * row_chunks;
 
     Chunk chunks[Chunk::IS_SMALL ? HELD : 1];
     uint32_t bytes[HELD];
-    // The token's largest scale. A zero block has byte 0 and takes no part; NaN, 255, wins.
     uint32_t top = 0;
 #pragma unroll
     for (int h = 0; h < HELD; ++h) {
@@ -95,11 +71,7 @@ __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGri
         bytes[h] = chunk.scale(grid, lanes);
         top = max(top, bytes[h]);
     }
-    top = __reduce_max_sync(0xFFFFFFFFu, top);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) atomicMax(&largest, top);
-    __syncthreads();
-    top = largest;
+    top = mx::token_top(top);
 
     uint32_t differences = 0;
 #pragma unroll
@@ -108,28 +80,15 @@ __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGri
         if (index >= row_chunks) continue;
         Chunk& chunk = chunks[Chunk::IS_SMALL ? h : 0];
         if constexpr (!Chunk::IS_SMALL) chunk.load(x, row + index, __activemask());
-        const float reciprocal = mx::scale_reciprocal(min(bytes[h], 254u));
-        // So far below the top nothing is left of a block.
-        const int distance = min(int(top - bytes[h]), 100);
-        const float rebase = __uint_as_float(uint32_t(127 + grid.e4m3_shift - distance) << 23);
-        // A block up to 15 binades below the top is exact in F16. Farther ones, unless they are zero, are not in E4M3.
-        differences |= bytes[h] != 0 && distance > 15;
+        mx::Rebased block(grid, bytes[h], top);
         uint32_t pairs[CHUNK / 2];
 #pragma unroll
-        for (int i = 0; i < CHUNK / 2; ++i) {
-            const float low = mx::nearest(grid, chunk.low(i) * reciprocal) * rebase;
-            const float high = mx::nearest(grid, chunk.high(i) * reciprocal) * rebase;
-            pairs[i] = pack_e4m3(low, high);
-            differences |= e4m3_to_f16(pairs[i]) ^ pack_f16(low, high);
-        }
+        for (int i = 0; i < CHUNK / 2; ++i) pairs[i] = block.pair(grid, chunk.low(i), chunk.high(i));
+        differences |= block.differences;
         out[row + index] = make_uint4(pairs[0] | pairs[4] << 16, pairs[1] | pairs[5] << 16, pairs[2] | pairs[6] << 16,
                                       pairs[3] | pairs[7] << 16);
     }
-    const bool rounded = __syncthreads_or(differences != 0);
-    if (threadIdx.x == 0) {
-        factors[blockIdx.x] = mx::scale_value(top) * __uint_as_float(uint32_t(127 - grid.e4m3_shift) << 23);
-        if (rounded && top != mx::SCALE_NAN) atomicAdd(inexact, 1);
-    }
+    mx::finish_token(grid, top, differences, factors + blockIdx.x, inexact);
 }
 
 }  // namespace gemm

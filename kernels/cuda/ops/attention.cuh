@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "mx/prepare.cuh"
 
 namespace ops {
 
@@ -29,6 +30,8 @@ struct AttentionArguments {
     /// Positions a row sees, its own included; 0 for all.
     int window;
     int q_heads, kv_heads, max_blocks;
+    /// What is done to `out` for the product that follows; nothing unless DIM is a multiple of 32.
+    mx::Preparation preparation;
 };
 
 /// 2^x to about two units in the last place; 0 for -inf and what underflows, NaN for NaN.

@@ -68,10 +68,8 @@ struct Bf16Cache {
         row[step * 16 + group + 8] = second;
     }
 
-    /// Writes results `at .. at + 4` of such a row to the head's output.
-    static __device__ __forceinline__ void store(__nv_bfloat16* out, int at, uint32_t low, uint32_t high) {
-        *reinterpret_cast<uint2*>(out + at) = make_uint2(low, high);
-    }
+    /// Which element of the head such a row has at `at`.
+    static __device__ __forceinline__ int element(int at) { return at; }
 };
 
 }  // namespace ops

@@ -150,9 +150,27 @@ struct DecodeAttention {
         o.z = fold.apply(o.z, next.z), o.w = fold.apply(o.w, next.w);
     }
 
+    /// Results `at .. at + 4` of a row to its head's output: element(at) says where, of every other one.
     static __device__ __forceinline__ void finish(__nv_bfloat16* out, int at, float4 o, Softmax total) {
         const float factor = Cache::UNIT / total.sum;
-        Cache::store(out, at, pack_bf16(o.x * factor, o.y * factor), pack_bf16(o.z * factor, o.w * factor));
+        *reinterpret_cast<uint32_t*>(out + Cache::element(at)) = pack_bf16(o.x * factor, o.y * factor);
+        *reinterpret_cast<uint32_t*>(out + Cache::element(at + 2)) = pack_bf16(o.z * factor, o.w * factor);
+    }
+
+    /// As `finish`, to shared memory, where `store_prepared` finds blocks whole.
+    static __device__ __forceinline__ void put_staged(float* head, int at, float4 o, Softmax total) {
+        const float factor = Cache::UNIT / total.sum;
+        *reinterpret_cast<float2*>(head + Cache::element(at)) = make_float2(o.x * factor, o.y * factor);
+        *reinterpret_cast<float2*>(head + Cache::element(at + 2)) = make_float2(o.z * factor, o.w * factor);
+    }
+
+    /// Elements `at .. at + 4` of a head, prepared; eight lanes have a block.
+    static __device__ __forceinline__ void store_prepared(const mx::Preparation& preparation, const float* head, int at,
+                                                          __nv_bfloat16* out) {
+        const float4 staged = *reinterpret_cast<const float4*>(head + at);
+        float v[4] = {staged.x, staged.y, staged.z, staged.w};
+        mx::prepare<mx::SideBySide<4>>(preparation, v, __activemask());
+        *reinterpret_cast<uint2*>(out + at) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
     }
 
     /// Of a warp's stages: loaded, and read.
@@ -272,6 +290,10 @@ struct DecodeAttention {
                 ptx::named_barrier(1, THREADS);
             }
             if (is_whole || arrive_last(split.arrivals + owner, chunks, s.chunks)) {
+                const bool is_prepared = DIM % mx::BLOCK == 0 && a.preparation.is_needed();
+                const auto out = [&](int head) {
+                    return a.out + (static_cast<size_t>(s.row) * a.q_heads + first_head + head) * DIM;
+                };
                 for_tasks(heads, [&](int task, int head, int at) {
                     const float* result = row_results + head * RESULT_STRIDE<DIM>;
                     const int shared_chunks = is_whole ? 0 : s.chunks;
@@ -281,9 +303,19 @@ struct DecodeAttention {
                         const float2 softmax = __ldcg(reinterpret_cast<const float2*>(result + DIM));
                         fold(total_o[task], total[task], chunk_o, {softmax.x, softmax.y});
                     }
-                    __nv_bfloat16* out = a.out + (static_cast<size_t>(s.row) * a.q_heads + first_head + head) * DIM;
-                    finish(out, at, total_o[task], total[task]);
+                    if (is_prepared) {
+                        put_staged(results + head * DIM, at, total_o[task], total[task]);
+                    } else {
+                        finish(out(head), at, total_o[task], total[task]);
+                    }
                 });
+                if (is_prepared) {
+                    ptx::named_barrier(1, THREADS);
+                    for_tasks(heads, [&](int, int head, int at) {
+                        store_prepared(a.preparation, results + head * DIM, at, out(head));
+                    });
+                    ptx::named_barrier(1, THREADS);
+                }
             }
             now.advance(a, split, tiles, s, chunks, end);
         }

@@ -121,12 +121,8 @@ struct MxCache {
         *reinterpret_cast<float2*>(row + step * 16 + group * 2) = make_float2(first, second);
     }
 
-    /// Writes results `at .. at + 4` of such a row to the head's output.
-    static __device__ __forceinline__ void store(__nv_bfloat16* out, int at, uint32_t low, uint32_t high) {
-        const int element = at % 16 / 2 * (DIM / 8) + at / 16 * 2;
-        *reinterpret_cast<uint32_t*>(out + element) = low;
-        *reinterpret_cast<uint32_t*>(out + element + DIM / 8) = high;
-    }
+    /// Which element of the head such a row has at `at`, if even; the next one is beside it.
+    static __device__ __forceinline__ int element(int at) { return at % 16 / 2 * (DIM / 8) + at / 16 * 2; }
 };
 
 }  // namespace ops

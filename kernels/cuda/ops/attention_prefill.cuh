@@ -140,12 +140,8 @@ struct PrefillAttention {
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
             const float factor = Cache::UNIT / sum;
             const int row = warp_row + lane / 4 + r * 8;
-            if (row >= tile.rows) continue;
-            __nv_bfloat16* out = a.out + (static_cast<size_t>(tile.row + row) * a.q_heads + head) * DIM + lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < DIM / 8; ++n)
-                *reinterpret_cast<uint32_t*>(out + n * 8) =
-                    pack_bf16(o[n][2 * r] * factor, o[n][2 * r + 1] * factor);
+            store_row<DIM>(a, tile.row + row, head, row < tile.rows,
+                           [&](int j, int i) { return o[j][2 * r + i] * factor; });
         }
     }
 

@@ -145,20 +145,14 @@ struct WgmmaAttention {
 
     static __device__ __forceinline__ void store(const AttentionArguments& a, const Work& w, int row,
                                                  const float (&o)[DIM / 2], const Softmax (&state)[2]) {
-        const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float sum = state[r].sum;
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
             const float factor = Producer::UNIT / sum;
-            if (row + r * 8 >= w.tile.rows) continue;
-            __nv_bfloat16* out =
-                a.out + (static_cast<size_t>(w.tile.row + row + r * 8) * a.q_heads + w.head) * DIM + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < DIM / 8; ++j)
-                *reinterpret_cast<uint32_t*>(out + j * 8) =
-                    pack_bf16(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+            store_row<DIM>(a, w.tile.row + row + r * 8, w.head, row + r * 8 < w.tile.rows,
+                           [&](int j, int i) { return o[4 * j + 2 * r + i] * factor; });
         }
     }
 

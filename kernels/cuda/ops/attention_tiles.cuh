@@ -1,8 +1,9 @@
-// Which rows a CTA of a prefill kernel works on.
+// Which rows a CTA of a prefill kernel works on, and where their results go.
 #pragma once
 
 #include <cstdint>
 
+#include "ops/attention.cuh"
 #include "ops/vector.cuh"
 
 namespace ops {
@@ -47,6 +48,32 @@ __device__ __forceinline__ QueryTile find_tile(const uint32_t* query_start, cons
         before = __shfl_sync(0xFFFFFFFFu, end, WARP - 1);
     }
     return {0, 0, 0, 0};
+}
+
+/// Writes head `head` of row `row` of the step, if it `is_present`: `value(j, i)` is the calling lane's element
+/// 8 j + 2 (lane % 4) + i. To be called by whole warps.
+template <int DIM, typename Value>
+__device__ __forceinline__ void store_row(const AttentionArguments& a, int row, int head, bool is_present, Value value) {
+    __nv_bfloat16* const out = a.out + (static_cast<size_t>(row) * a.q_heads + head) * DIM + threadIdx.x % 4 * 2;
+    const auto store = [&](int j, float low, float high) {
+        if (is_present) *reinterpret_cast<uint32_t*>(out + j * 8) = pack_bf16(low, high);
+    };
+    if constexpr (DIM % mx::BLOCK == 0) {
+        if (a.preparation.is_needed()) {
+#pragma unroll
+            for (int first = 0; first < DIM / 8; first += 4) {
+                float v[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) v[i] = value(first + i / 2, i % 2);
+                mx::prepare<mx::Accumulators>(a.preparation, v, 0xFFFFFFFFu);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) store(first + j, v[2 * j], v[2 * j + 1]);
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < DIM / 8; ++j) store(j, value(j, 0), value(j, 1));
 }
 
 }  // namespace ops

@@ -32,6 +32,7 @@ use crate::backend::{
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
+use crate::input::InputForm;
 use crate::isa::Isa;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::Scheme;
@@ -309,7 +310,7 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer) {
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, _: InputForm, out: &mut Buffer) {
         let (isa, x, weight) = (self.isa, floats(x), floats(weight));
         let width = weight.len();
         self.for_rows(rows, width, floats_mut(out), &|m, out| {
@@ -325,6 +326,7 @@ impl Backend for CpuBackend {
         weight: &Buffer,
         eps: f32,
         rows: usize,
+        _: InputForm,
         out: &mut Buffer,
     ) {
         let (isa, delta, weight) = (self.isa, floats(delta), floats(weight));
@@ -418,6 +420,7 @@ impl Backend for CpuBackend {
         window: Option<usize>,
         inputs: &AttentionInputs<'_>,
         cache: &PagedKv,
+        _: InputForm,
         out: &mut Buffer,
     ) {
         let query_start = &integers(inputs.query_start)[..=inputs.sequences];

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::context::Context;
-use super::gemm::Preparation;
 use super::graph::Graph;
 use super::linear::LinearOperator;
 use super::memory::{DeviceBuffer, PinnedBuffer, bytes_of, bytes_of_mut};
@@ -24,6 +23,7 @@ use crate::backend::{
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
 use crate::graph::GraphKind;
+use crate::input::{InputForm, Preparation};
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, Scheme};
 use crate::tile::{RowOrder, TileFormat, TileLayout};
@@ -128,6 +128,7 @@ impl CudaBackend {
 
     /// Copies `offset` bytes from the start of `buffer` on to `target`, after everything launched before.
     fn read(&self, buffer: &Buffer, offset: usize, target: &mut [u8]) {
+        assert!(buffer.form() == InputForm::Plain, "{:?} is for products alone", buffer.form());
         let memory = device_memory(buffer);
         let readback = &mut self.state.borrow_mut().readback;
         if target.len() <= readback.bytes() {
@@ -278,8 +279,21 @@ impl Backend for CudaBackend {
         self.rows.gather_rows(x, indices, rows, width, out);
     }
 
-    fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer) {
-        self.norm.rms_norm(x, weight, eps, rows, out);
+    fn input_form(&self, weights: &[&Weight], rows: usize) -> InputForm {
+        let weights = weights.iter().map(|weight| (tiled(weight), Preparation::of(weight.scheme)));
+        self.linear.input_form(weights, rows)
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        eps: f32,
+        rows: usize,
+        form: InputForm,
+        out: &mut Buffer,
+    ) {
+        self.norm.rms_norm(x, weight, eps, rows, form, &self.linear, out);
     }
 
     fn add_rms_norm(
@@ -289,9 +303,10 @@ impl Backend for CudaBackend {
         weight: &Buffer,
         eps: f32,
         rows: usize,
+        form: InputForm,
         out: &mut Buffer,
     ) {
-        self.norm.add_rms_norm(delta, residual, weight, eps, rows, out);
+        self.norm.add_rms_norm(delta, residual, weight, eps, rows, form, &self.linear, out);
     }
 
     fn linear(
@@ -331,17 +346,26 @@ impl Backend for CudaBackend {
         window: Option<usize>,
         inputs: &AttentionInputs<'_>,
         cache: &PagedKv,
+        form: InputForm,
         out: &mut Buffer,
     ) {
-        self.attention.attend(qkv, heads, scale, window, inputs, cache, out);
+        self.attention.attend(qkv, heads, scale, window, inputs, cache, form, out);
     }
 
     fn fuses_gated_linear(&self) -> bool {
         true
     }
 
-    fn gated_linear(&self, x: &Buffer, rows: usize, weight: &Weight, _: &mut Buffer, out: &mut Buffer) {
-        self.linear.gated(x, rows, tiled(weight), Preparation::of(weight.scheme), out);
+    fn gated_linear(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Weight,
+        _: &mut Buffer,
+        form: InputForm,
+        out: &mut Buffer,
+    ) {
+        self.linear.gated(x, rows, tiled(weight), Preparation::of(weight.scheme), form, out);
     }
 
     fn silu_mul(&self, gate_up: &Buffer, rows: usize, width: usize, out: &mut Buffer) {

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use super::DevicePtr;
 use super::context::Context;
-use super::gemm::{DecodeGemm, MxGrid, Prefill, Preparation, Product};
-use super::ops::address;
+use super::gemm::{DecodeGemm, FormArgument, MxGrid, Prefill, Product};
+use super::ops::{input_address, output_address};
 use super::weight::TiledWeight;
 use crate::backend::LinearKernel;
 use crate::buffer::{Buffer, Dtype, MemoryAccount};
 use crate::error::Result;
+use crate::input::{InputForm, Preparation};
 use crate::mx::{Block, Scheme};
 
 /// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
@@ -52,6 +54,25 @@ impl LinearOperator {
             && preparation.activation.is_none_or(|cast| MxGrid::new(cast).is_some())
     }
 
+    /// See [`Backend::input_form`](crate::Backend::input_form); weights and what they declare.
+    pub(crate) fn input_form<'a>(
+        &self,
+        weights: impl IntoIterator<Item = (&'a TiledWeight, Option<Preparation>)>,
+        rows: usize,
+    ) -> InputForm {
+        let mut forms = weights.into_iter().map(|(weight, preparation)| match preparation {
+            Some(preparation) if !takes_many_rows(rows, weight) => InputForm::Prepared(preparation),
+            _ => self.prefill.input_form(weight, preparation, rows),
+        });
+        let first = forms.next().unwrap_or_default();
+        if forms.all(|form| form == first) { first } else { InputForm::Plain }
+    }
+
+    /// How a kernel is told to leave `elements` activations at `out` in `form`.
+    pub(crate) fn form_argument(&self, form: InputForm, out: DevicePtr, elements: usize) -> FormArgument {
+        FormArgument::new(form, out, elements, self.prefill.inexact())
+    }
+
     /// `out[m, column + n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`; see [`Backend`](crate::Backend::linear).
     #[allow(clippy::too_many_arguments, reason = "what a product takes")]
     pub(crate) fn linear(
@@ -66,48 +87,79 @@ impl LinearOperator {
     ) {
         let [n, k] = weight.layout().shape;
         assert!(column + n <= out_width, "{n} columns from {column} on in rows of {out_width}");
-        let x = address(x, Dtype::Bf16, rows * k);
-        let (out_dtype, out) = (out.dtype(), address(out, out.dtype(), rows * out_width));
-        let product = Product { x, rows, out, out_dtype, out_width, column, is_gated: false };
+        let out_dtype = out.dtype();
+        let out = output_address(out, out_dtype, rows * out_width);
+        let (x, form) = (input_address(x, rows * k), x.form());
+        let product =
+            Product { x, form, rows, out, out_dtype, out_width, column, is_gated: false, preparation: None };
         // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
         unsafe { self.multiply(weight, preparation, &product) };
     }
 
-    /// `out[m, i] = silu(gate[m, i]) * up[m, i]` of a weight whose rows are pairs of gate and up; see
-    /// [`Backend`](crate::Backend::gated_linear).
+    /// `out[m, i] = silu(gate[m, i]) * up[m, i]` of a weight whose rows are pairs of gate and up, in `form` if the kernel
+    /// for as many rows can do that; see [`Backend`](crate::Backend::gated_linear).
     pub(crate) fn gated(
         &self,
         x: &Buffer,
         rows: usize,
         weight: &TiledWeight,
         preparation: Option<Preparation>,
+        form: InputForm,
         out: &mut Buffer,
     ) {
         let [n, k] = weight.layout().shape;
         let (out_dtype, out_width) = (Dtype::Bf16, n / 2);
-        let x = address(x, Dtype::Bf16, rows * k);
-        let out = address(out, out_dtype, rows * out_width);
-        let product = Product { x, rows, out, out_dtype, out_width, column: 0, is_gated: true };
+        // A block of the kernels for few rows has eight results of a row at a time, and one for many rows not all of them,
+        // on which a row's factor in E4M3 depends.
+        let left = match form {
+            InputForm::Prepared(_) if takes_many_rows(rows, weight) => form,
+            _ => InputForm::Plain,
+        };
+        let preparation_of_results = match left {
+            InputForm::Prepared(preparation) => Some(preparation),
+            InputForm::Plain | InputForm::E4m3(_) => None,
+        };
+        let product = Product {
+            x: input_address(x, rows * k),
+            form: x.form(),
+            rows,
+            out: output_address(out, out_dtype, rows * out_width),
+            out_dtype,
+            out_width,
+            column: 0,
+            is_gated: true,
+            preparation: preparation_of_results,
+        };
         // SAFETY: as above.
         unsafe { self.multiply(weight, preparation, &product) };
+        out.set_form(left);
     }
 
     /// # Safety
     /// The addresses have the elements that `product` says, 16-byte aligned.
     unsafe fn multiply(&self, weight: &TiledWeight, preparation: Option<Preparation>, product: &Product) {
-        let Product { x, rows, .. } = *product;
+        let Product { x, form, rows, .. } = *product;
         let k = weight.layout().shape[1];
         if rows == 0 {
             return;
         }
         // SAFETY: the caller's promise.
         unsafe {
-            if rows > DECODE_ROWS && k.is_multiple_of(COPIED_ELEMENTS) {
-                self.prefill.linear(weight, preparation, product);
-            } else {
-                let x = preparation.map_or(x, |preparation| self.prefill.prepare(preparation, x, [rows, k]));
-                self.decode.linear(weight, &Product { x, ..*product });
+            if takes_many_rows(rows, weight) {
+                return self.prefill.linear(weight, preparation, product);
             }
+            let x = match (form, preparation) {
+                (InputForm::Plain, None) => x,
+                (InputForm::Plain, Some(preparation)) => self.prefill.prepare(preparation, x, [rows, k]),
+                (InputForm::Prepared(done), Some(preparation)) if done == preparation => x,
+                _ => panic!("an input left as {form:?} for a product of {preparation:?}"),
+            };
+            self.decode.linear(weight, &Product { x, ..*product });
         }
     }
+}
+
+/// Whether the kernels for many rows multiply.
+fn takes_many_rows(rows: usize, weight: &TiledWeight) -> bool {
+    rows > DECODE_ROWS && weight.layout().shape[1].is_multiple_of(COPIED_ELEMENTS)
 }

@@ -1,7 +1,7 @@
 //! Gated products against SwiGLU of sums in F64, by the kernels for few and for many rows.
 
 use kernels::mx::{Cast, ElementType, MxFormat, quantize_dequantize};
-use kernels::{Backend, Component, Dtype, Weight};
+use kernels::{Backend, Component, Dtype, InputForm, Weight};
 
 use crate::gpu;
 use crate::prefill::{Matrix, Random};
@@ -14,7 +14,7 @@ fn gated(backend: &dyn Backend, x: &[f32], weight: &Weight) -> Vec<f32> {
     let (mut input, mut scratch, mut out) = (alloc(x.len()), alloc(rows * n), alloc(rows * n / 2));
     backend.write_f32(&mut input, 0, x);
     backend.write_f32(&mut out, 0, &vec![f32::NAN; rows * n / 2]);
-    backend.gated_linear(&input, rows, weight, &mut scratch, &mut out);
+    backend.gated_linear(&input, rows, weight, &mut scratch, InputForm::Plain, &mut out);
     let mut back = vec![0.0; rows * n / 2];
     backend.read_f32(&out, 0, &mut back);
     back

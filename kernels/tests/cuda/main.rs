@@ -6,6 +6,7 @@
 mod common;
 mod decode;
 mod executor;
+mod forms;
 mod gated;
 mod ops;
 mod prefill;

@@ -5,7 +5,7 @@ use kernels::mx::{
     Cast, ElementRounding, ElementType, MxFormat, MxTensor, Rotation, ScaleRounding, Values,
     quantize_dequantize, quantize_rows,
 };
-use kernels::{Backend, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
+use kernels::{Backend, Buffer, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
 
 use crate::gpu;
 
@@ -82,13 +82,24 @@ impl Matrix {
 
 /// A product on `backend`, its output poisoned before, between two columns that must stay as they are.
 pub(crate) fn product(backend: &dyn Backend, x: &[f32], weight: &Weight, dtype: Dtype) -> Vec<f32> {
-    let [n, k] = weight.shape();
-    let (rows, width, column) = (x.len() / k, n + 16, 8);
     let mut input = backend.alloc(Dtype::Bf16, x.len(), Component::Workspace).unwrap();
-    let mut out = backend.alloc(dtype, rows * width, Component::Workspace).unwrap();
     backend.write_f32(&mut input, 0, x);
+    multiply(backend, &input, x.len() / weight.shape()[1], weight, dtype)
+}
+
+/// As [`product`], of `rows` rows that are on the device.
+pub(crate) fn multiply(
+    backend: &dyn Backend,
+    input: &Buffer,
+    rows: usize,
+    weight: &Weight,
+    dtype: Dtype,
+) -> Vec<f32> {
+    let n = weight.shape()[0];
+    let (width, column) = (n + 16, 8);
+    let mut out = backend.alloc(dtype, rows * width, Component::Workspace).unwrap();
     backend.write_f32(&mut out, 0, &vec![f32::from_bits(0x7FC1_0000); rows * width]);
-    backend.linear(&input, rows, weight, &mut out, width, column);
+    backend.linear(input, rows, weight, &mut out, width, column);
     let mut back = vec![0.0; rows * width];
     backend.read_f32(&out, 0, &mut back);
     let outside = |row: &[f32]| row[..column].iter().chain(&row[column + n..]).all(|x| x.is_nan());

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::backend::KV_BLOCK_TOKENS;
+use crate::input::InputForm;
 
 #[test]
 fn a_kv_block_takes_the_bytes_it_says() {
@@ -69,7 +70,7 @@ fn run_attention(
             block_tables: &upload_u32(backend, &step_tables),
             max_blocks,
         };
-        backend.paged_attention(&x, heads, 0.2, window, &inputs, &cache, &mut y);
+        backend.paged_attention(&x, heads, 0.2, window, &inputs, &cache, InputForm::Plain, &mut y);
         let y = read(backend, &y);
         for (i, s) in ids.into_iter().enumerate() {
             let rows = query_start[i] as usize..query_start[i + 1] as usize;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cpu::sampling::exp_of;
+use crate::input::InputForm;
 
 #[test]
 fn row_operators_equal_their_definition() {
@@ -17,12 +18,12 @@ fn row_operators_equal_their_definition() {
                 let what = format!("{rows} x {width} on {}", backend.description());
                 let w = upload_f32(&backend, &weight);
                 let mut out = poison(&backend, rows * width);
-                backend.rms_norm(&upload_f32(&backend, &x), &w, 1e-5, rows, &mut out);
+                backend.rms_norm(&upload_f32(&backend, &x), &w, 1e-5, rows, InputForm::Plain, &mut out);
                 assert_close(&read(&backend, &out), &norm(&x), 1e-6, &what);
 
                 let mut residual = upload_f32(&backend, &x);
                 let delta = upload_f32(&backend, &delta);
-                backend.add_rms_norm(&delta, &mut residual, &w, 1e-5, rows, &mut out);
+                backend.add_rms_norm(&delta, &mut residual, &w, 1e-5, rows, InputForm::Plain, &mut out);
                 assert_bits(&read(&backend, &residual), &sum, &what);
                 assert_close(&read(&backend, &out), &norm(&sum), 1e-6, &what);
 

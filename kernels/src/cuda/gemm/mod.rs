@@ -8,16 +8,19 @@ mod tensor_map;
 
 pub(crate) use self::decode::DecodeGemm;
 pub(crate) use self::prefill::Prefill;
-pub(crate) use self::quantize::{MxGrid, Preparation};
+pub(crate) use self::quantize::{FormArgument, MxGrid, PreparationArgument};
 
 use super::DevicePtr;
 use crate::buffer::Dtype;
+use crate::input::{InputForm, Preparation};
 
 /// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product {
-    /// BF16 `[rows, K]`.
+    /// `[rows, K]`.
     pub(crate) x: DevicePtr,
+    /// What is at `x`: BF16, or as a producer left it.
+    pub(crate) form: InputForm,
     /// M.
     pub(crate) rows: usize,
     /// `[rows, out_width]`.
@@ -30,4 +33,6 @@ pub(crate) struct Product {
     pub(crate) column: usize,
     /// Whether the weight is pairs of gate and up, and the result `silu(gate) * up`: N / 2 columns of BF16.
     pub(crate) is_gated: bool,
+    /// What is done to results that are gated, by the kernel for many rows: whole blocks of them.
+    pub(crate) preparation: Option<Preparation>,
 }

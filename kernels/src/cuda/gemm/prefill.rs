@@ -13,12 +13,13 @@ use cudarc::driver::sys;
 
 use super::Product;
 use super::plan::{EXPANDED_ROWS, MOST_RESULT_BYTES, Operand, Plan, TOKENS};
-use super::quantize::{MOST_COLUMNS, Preparation, Quantizer, is_within_e4m3};
+use super::quantize::{MOST_COLUMNS, PreparationArgument, Quantizer, e4m3_factors, is_within_e4m3};
 use super::tensor_map::tensor_map;
 use crate::buffer::{Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::memory::Scratch;
 use crate::cuda::{Argument, Context, DeviceBuffer, DevicePtr, Function, Launch, TiledWeight};
 use crate::error::Result;
+use crate::input::{InputForm, Preparation};
 use crate::mx::Cast;
 use crate::tile::{RowOrder, TILE_COLS, TILE_ROWS, TileFormat};
 
@@ -66,6 +67,7 @@ struct Args {
     aligned: u32,
     is_gated: u32,
     parts: u32,
+    preparation: PreparationArgument,
     partial_sums: DevicePtr,
     arrivals: DevicePtr,
 }
@@ -137,46 +139,78 @@ impl Prefill {
         u32::from_le_bytes(bytes)
     }
 
-    /// Computes `product`, whose input is prepared before.
+    /// Where tokens are counted that E4M3 had to round.
+    pub(crate) fn inexact(&self) -> DevicePtr {
+        self.inexact.ptr()
+    }
+
+    /// The form in which `rows` rows for `weight`, which declares `preparation`, are multiplied.
+    pub(crate) fn input_form(
+        &self,
+        weight: &TiledWeight,
+        preparation: Option<Preparation>,
+        rows: usize,
+    ) -> InputForm {
+        match (preparation, self.plan(weight, preparation, rows).operand) {
+            (None, _) => InputForm::Plain,
+            (Some(preparation), Operand::Bf16) => InputForm::Prepared(preparation),
+            (Some(preparation), Operand::E4m3) => InputForm::E4m3(preparation),
+        }
+    }
+
+    fn plan(&self, weight: &TiledWeight, preparation: Option<Preparation>, rows: usize) -> Plan {
+        let activation = preparation.and_then(|preparation| preparation.activation);
+        let e4m3 = activation.is_some_and(|cast| self.allows_e4m3(weight, cast));
+        Plan::new(rows, weight.layout(), e4m3, self.context.properties().sm_count)
+    }
+
+    /// Computes `product`, whose input is prepared before, unless that is done.
     ///
     /// # Safety
     /// The addresses have the elements that `product` says, 16-byte aligned at `x`.
     ///
     /// # Panics
-    /// [`MxGrid`](super::MxGrid) has no such activations; out of memory, the first time scratch is needed as large.
+    /// [`MxGrid`](super::MxGrid) has no such activations; the input was left in a form for other products; out of memory,
+    /// the first time scratch is needed as large.
     pub(crate) unsafe fn linear(
         &self,
         weight: &TiledWeight,
         preparation: Option<Preparation>,
         product: &Product,
     ) {
-        let layout = weight.layout();
-        let shape = [product.rows, layout.shape[1]];
-        let activation = preparation.and_then(|preparation| preparation.activation);
-        let e4m3 = activation.filter(|&cast| self.allows_e4m3(weight, cast));
-        let sm_count = self.context.properties().sm_count;
-        let plan = Plan::new(product.rows, layout, e4m3.is_some(), sm_count);
-        match (plan.operand, preparation, e4m3) {
-            // SAFETY: the caller's promise.
-            (_, None, _) => unsafe { self.multiply_packed(weight, product.x, &plan, product) },
-            (Operand::E4m3, Some(Preparation { is_rotated, .. }), Some(cast)) => {
-                let elements = product.rows * layout.shape[1];
-                let factors_at = elements.next_multiple_of(256);
-                let bytes = factors_at + product.rows * size_of::<f32>();
+        let plan = self.plan(weight, preparation, product.rows);
+        let shape = [product.rows, weight.layout().shape[1]];
+        let elements = product.rows * shape[1];
+        // The input as it is multiplied, and with E4M3 the factors of its rows.
+        let (x, factors) = match (plan.operand, product.form, preparation) {
+            (Operand::Bf16, InputForm::Plain, None) => (product.x, 0),
+            (Operand::Bf16, InputForm::Plain, Some(preparation)) => {
+                // SAFETY: the caller's promise.
+                (unsafe { self.prepare(preparation, product.x, shape) }, 0)
+            }
+            (Operand::E4m3, InputForm::Plain, Some(Preparation { is_rotated, activation: Some(cast) })) => {
+                let bytes = elements.next_multiple_of(256) + product.rows * size_of::<f32>();
                 let values = self.activations.borrow_mut().reserve(bytes);
-                let factors = values + factors_at as u64;
+                let factors = e4m3_factors(values, elements);
                 let (context, x, inexact) = (&self.context, product.x, self.inexact.ptr());
                 // SAFETY: the scratch has this many elements; the rest is the caller's promise.
                 unsafe {
                     self.quantizer.to_e4m3(context, cast, is_rotated, x, shape, values, factors, inexact);
-                    self.multiply_expanded(weight, values, factors, &plan, product);
                 }
+                (values, factors)
             }
-            // SAFETY: the caller's promise.
-            (_, Some(preparation), _) => unsafe {
-                let values = self.prepare(preparation, product.x, shape);
-                self.multiply_packed(weight, values, &plan, product);
-            },
+            (Operand::Bf16, InputForm::Prepared(done), _) if preparation == Some(done) => (product.x, 0),
+            (Operand::E4m3, InputForm::E4m3(done), _) if preparation == Some(done) => {
+                (product.x, e4m3_factors(product.x, elements))
+            }
+            (_, form, preparation) => panic!("an input left as {form:?} for a product of {preparation:?}"),
+        };
+        // SAFETY: as above.
+        unsafe {
+            match plan.operand {
+                Operand::Bf16 => self.multiply_packed(weight, x, &plan, product),
+                Operand::E4m3 => self.multiply_expanded(weight, x, factors, &plan, product),
+            }
         }
     }
 
@@ -288,6 +322,7 @@ impl Prefill {
             ),
             is_gated: u32::from(product.is_gated),
             parts: plan.parts,
+            preparation: product.preparation.into(),
             partial_sums: self.exchange.partial_sums.ptr(),
             arrivals: self.exchange.arrivals.ptr(),
         }

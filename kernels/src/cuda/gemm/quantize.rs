@@ -1,7 +1,8 @@
 //! Activation formats on the device: launcher of `cuda/gemm/quantize.cu`.
 
 use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
-use crate::mx::{Block, Cast, ElementType, Rotation, ScaleRounding, Scheme, SharedExponent, Specials};
+use crate::input::{InputForm, Preparation};
+use crate::mx::{Block, Cast, ElementType, ScaleRounding, SharedExponent, Specials};
 
 /// Threads of `quantize_to_bf16`.
 const BF16_THREADS: u32 = 256;
@@ -57,6 +58,10 @@ impl MxGrid {
         })
     }
 
+    /// Where there is no format.
+    const NONE: Self =
+        Self { emax: 0, scale_threshold: 0, max: 0.0, min_normal: 0, to_magic: 0, e4m3_shift: 0 };
+
     /// The grid of a declared activation format.
     fn of(cast: Cast) -> Self {
         Self::new(cast).expect("activation formats are checked when a weight is uploaded")
@@ -72,25 +77,59 @@ pub(super) fn is_within_e4m3(element: ElementType) -> bool {
         && spec.specials != Specials::Ieee
 }
 
-/// What is done to the rows of a product's input before they multiply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Preparation {
-    /// Each block of 32 times the Hadamard matrix over the square root of 32, first.
-    pub(crate) is_rotated: bool,
-    /// Then the values of this format.
-    pub(crate) activation: Option<Cast>,
+/// What is done to blocks of activations, as the kernels take it (`Preparation` in `cuda/mx/prepare.cuh`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct PreparationArgument {
+    grid: MxGrid,
+    is_rotated: u32,
+    is_quantized: u32,
 }
 
-impl Preparation {
-    /// What `scheme`, of a weight that the device took, declares; `None` if the input multiplies as it is.
-    pub(crate) fn of(scheme: Option<Scheme>) -> Option<Self> {
-        let Scheme { activation, rotation, .. } = scheme?;
-        let is_rotated = match rotation {
-            None => false,
-            Some(Rotation::BlockHadamard) => true,
-        };
-        (is_rotated || activation.is_some()).then_some(Self { is_rotated, activation })
+impl From<Option<Preparation>> for PreparationArgument {
+    /// # Panics
+    /// [`MxGrid`] has no such activations.
+    fn from(preparation: Option<Preparation>) -> Self {
+        let activation = preparation.and_then(|preparation| preparation.activation);
+        Self {
+            grid: activation.map_or(MxGrid::NONE, MxGrid::of),
+            is_rotated: u32::from(preparation.is_some_and(|preparation| preparation.is_rotated)),
+            is_quantized: u32::from(activation.is_some()),
+        }
     }
+}
+
+/// The form in which a row operator leaves activations, as the kernels take it (`InputForm` in `cuda/mx/prepare.cuh`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct FormArgument {
+    preparation: PreparationArgument,
+    factors: DevicePtr,
+    inexact: DevicePtr,
+}
+
+// SAFETY: numbers and addresses in the order of the kernel's structure.
+unsafe impl Argument for FormArgument {}
+
+impl FormArgument {
+    /// For `elements` activations at `out`, which are so left; `inexact` counts rows that E4M3 had to round.
+    ///
+    /// # Panics
+    /// As [`PreparationArgument`]'s.
+    pub(crate) fn new(form: InputForm, out: DevicePtr, elements: usize, inexact: DevicePtr) -> Self {
+        let (preparation, factors) = match form {
+            InputForm::Plain => (None, 0),
+            InputForm::Prepared(preparation) => (Some(preparation), 0),
+            InputForm::E4m3(preparation) => (Some(preparation), e4m3_factors(out, elements)),
+        };
+        Self { preparation: preparation.into(), factors, inexact }
+    }
+}
+
+/// Where the F32 factors of rows are, behind their `elements` E4M3 numbers at `values`: in the space of as many BF16 numbers,
+/// as rows are of a block or more.
+pub(super) fn e4m3_factors(values: DevicePtr, elements: usize) -> DevicePtr {
+    values + elements.next_multiple_of(Block::OCP.size()) as u64
 }
 
 /// The kernels of `cuda/gemm/quantize.cu`; of two, the second rotates.

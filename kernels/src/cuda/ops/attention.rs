@@ -5,13 +5,16 @@ use std::f32::consts::LOG2_E;
 use std::sync::Arc;
 
 use super::kv::{KvKernels, head_block_bytes, kv_addresses};
-use super::{WARP, address, int};
+use super::{WARP, address, int, output_address};
 use crate::backend::{AttentionInputs, Heads, KV_BLOCK_TOKENS, PagedKv};
 use crate::buffer::{Buffer, Charge, Component, Dtype, MemoryAccount};
+use crate::cuda::gemm::PreparationArgument;
 use crate::cuda::launch::Argument;
 use crate::cuda::{Context, DeviceBuffer, DevicePtr, Function, Launch};
 use crate::error::Result;
+use crate::input::InputForm;
 use crate::kv_cache_dtype::KvCacheDtype;
+use crate::mx::Block;
 
 /// `DECODE_WARPS`, `HEAD_TILE` and `RESULT_STRIDE - DIM` of `attention_decode.cuh`.
 const DECODE_WARPS: usize = 4;
@@ -106,10 +109,11 @@ struct AttentionArguments {
     q_heads: i32,
     kv_heads: i32,
     max_blocks: i32,
+    preparation: PreparationArgument,
     padding: u32,
 }
 
-// SAFETY: seven addresses, a float, four integers and what C pads them with.
+// SAFETY: seven addresses, a float, integers, a structure of numbers and what C pads them with.
 unsafe impl Argument for AttentionArguments {}
 
 /// `DecodeSplit` of `attention_decode.cu`.
@@ -205,7 +209,7 @@ impl AttentionOperator {
         Cut::new(heads, dtype, self.context.properties().sm_count as usize)
     }
 
-    /// Causal attention of the q part of `qkv` over `cache`; see [`Backend`](crate::Backend::paged_attention).
+    /// Causal attention of the q part of `qkv` over `cache`, left in `form` if blocks and heads allow it; see [`Backend`](crate::Backend::paged_attention).
     #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     pub(crate) fn attend(
         &self,
@@ -215,6 +219,7 @@ impl AttentionOperator {
         window: Option<usize>,
         inputs: &AttentionInputs<'_>,
         cache: &PagedKv,
+        form: InputForm,
         out: &mut Buffer,
     ) {
         let AttentionInputs { rows, sequences, max_blocks, .. } = *inputs;
@@ -227,6 +232,13 @@ impl AttentionOperator {
         let loaded = loaded.iter().find(|loaded| loaded.kernels.are_for(cache.dtype, dim));
         let loaded = loaded.expect("the kernels were loaded when the cache was allocated");
         let [k_cache, v_cache] = kv_addresses(cache, heads);
+        // Blocks have heads of their own, but a row's factor in E4M3 depends on all heads.
+        let (preparation, form) = match form {
+            InputForm::Prepared(preparation) if dim.is_multiple_of(Block::OCP.size()) => {
+                (Some(preparation), form)
+            }
+            _ => (None, InputForm::Plain),
+        };
         let arguments = AttentionArguments {
             qkv: address(qkv, Dtype::Bf16, rows * heads.qkv_width()),
             k_cache,
@@ -234,12 +246,13 @@ impl AttentionOperator {
             query_start: address(inputs.query_start, Dtype::U32, sequences + 1),
             context_lens: address(inputs.context_lens, Dtype::U32, sequences),
             block_tables: address(inputs.block_tables, Dtype::U32, sequences * max_blocks),
-            out: address(out, Dtype::Bf16, rows * heads.q_width()),
+            out: output_address(out, Dtype::Bf16, rows * heads.q_width()),
             scale_log2: scale * LOG2_E,
             window: window.map_or(0, int),
             q_heads: int(q),
             kv_heads: int(kv),
             max_blocks: int(max_blocks),
+            preparation: preparation.into(),
             padding: 0,
         };
         // Every sequence has at least one row: with as many rows as sequences, none has more.
@@ -270,6 +283,7 @@ impl AttentionOperator {
             Launch::new(blocks as u32, ((DECODE_WARPS + 1) * WARP) as u32).shared(cut.shared_bytes as u32);
         // SAFETY: as above; the scratch has a piece and a counter for each block.
         unsafe { self.context.launch(&loaded.decode, &launch, &[&arguments, &split]) };
+        out.set_form(form);
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{WARP, address, int};
+use super::{WARP, address, int, output_address};
 use crate::buffer::{Buffer, Dtype};
-use crate::cuda::{Context, Function, Launch};
+use crate::cuda::linear::LinearOperator;
+use crate::cuda::{Argument, Context, Function, Launch};
+use crate::input::InputForm;
 
 /// Elements that a thread handles at a time.
 const VECTOR: usize = 8;
@@ -41,18 +43,32 @@ impl NormOperator {
         }
     }
 
-    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`; `x` F32 or BF16, `weight` F32 `[width]`, `out` BF16.
-    pub(crate) fn rms_norm(&self, x: &Buffer, weight: &Buffer, eps: f32, rows: usize, out: &mut Buffer) {
+    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`; `x` F32 or BF16, `weight` F32 `[width]`, `out` BF16, left in
+    /// `form`, which `linear` knows.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
+    pub(crate) fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        eps: f32,
+        rows: usize,
+        form: InputForm,
+        linear: &LinearOperator,
+        out: &mut Buffer,
+    ) {
         let width = weight.len();
         let Some((kernel, launch)) = pick(&self.norm, x.dtype(), rows, width) else { return };
         let x = address(x, x.dtype(), rows * width);
         let weight = address(weight, Dtype::F32, width);
-        let out = address(out, Dtype::Bf16, rows * width);
+        let to = output_address(out, Dtype::Bf16, rows * width);
+        let argument = linear.form_argument(form, to, rows * width);
         // SAFETY: every buffer has the elements that `rows` rows of `width` take, as checked above.
-        unsafe { self.context.launch(kernel, &launch, &[&x, &weight, &out, &int(width), &eps]) };
+        unsafe { self.context.launch(kernel, &launch, &[&x, &weight, &to, &int(width), &eps, &argument]) };
+        out.set_form(form);
     }
 
     /// `residual[m] += delta[m]`, then the norm of the residual into `out`; `residual` F32 or BF16, `delta` BF16.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     pub(crate) fn add_rms_norm(
         &self,
         delta: &Buffer,
@@ -60,6 +76,8 @@ impl NormOperator {
         weight: &Buffer,
         eps: f32,
         rows: usize,
+        form: InputForm,
+        linear: &LinearOperator,
         out: &mut Buffer,
     ) {
         let width = weight.len();
@@ -67,11 +85,15 @@ impl NormOperator {
         let delta = address(delta, Dtype::Bf16, rows * width);
         let residual = address(residual, residual.dtype(), rows * width);
         let weight = address(weight, Dtype::F32, width);
-        let out = address(out, Dtype::Bf16, rows * width);
+        let to = output_address(out, Dtype::Bf16, rows * width);
+        let argument = linear.form_argument(form, to, rows * width);
         // SAFETY: as above.
         unsafe {
-            self.context.launch(kernel, &launch, &[&delta, &residual, &weight, &out, &int(width), &eps]);
+            let arguments: [&dyn Argument; 7] =
+                [&delta, &residual, &weight, &to, &int(width), &eps, &argument];
+            self.context.launch(kernel, &launch, &arguments);
         }
+        out.set_form(form);
     }
 }
 

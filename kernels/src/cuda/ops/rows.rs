@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{address, int};
+use super::{address, int, output_address};
 use crate::buffer::{Buffer, Dtype};
 use crate::cuda::{Context, Function, Launch};
 
@@ -44,7 +44,7 @@ impl RowOperator {
         }
         let dtype = x.dtype();
         let (x, indices) = (address(x, dtype, width), address(indices, Dtype::U32, rows));
-        let out = address(out, dtype, rows * width);
+        let out = output_address(out, dtype, rows * width);
         let row_bytes = int(width * dtype.size_bytes());
         // SAFETY: indices and results have the sizes checked above; the indices are of rows of `x`, as every caller of
         // this operator promises.
@@ -61,7 +61,7 @@ impl RowOperator {
         }
         assert!(rows <= MAX_GRID_Y, "{rows} rows in a step; the kernel takes {MAX_GRID_Y}");
         let gate_up = address(gate_up, Dtype::Bf16, rows * 2 * width);
-        let out = address(out, Dtype::Bf16, rows * width);
+        let out = output_address(out, Dtype::Bf16, rows * width);
         let grid = [width.div_ceil(THREADS * VECTOR) as u32, rows as u32, 1];
         // SAFETY: both buffers have the elements that `rows` rows take, as checked above.
         unsafe {

@@ -1,10 +1,15 @@
 //! RoPE, the cache, and attention over it.
 
-use kernels::{AttentionInputs, Backend, Dtype, HeadNorm, Heads, KV_BLOCK_TOKENS, KvCacheDtype, PagedKv};
+use kernels::{
+    AttentionInputs, Backend, Buffer, Dtype, HeadNorm, Heads, InputForm, KV_BLOCK_TOKENS, KvCacheDtype,
+    PagedKv,
+};
 
 use crate::common::{
     Devices, Random, activations, assert_close, assert_same, floats, integers, poisoned, read,
 };
+use crate::forms::declaring;
+use crate::prefill::multiply;
 
 /// Sequences in a cache: how long they get, and where their blocks are.
 struct Sequences {
@@ -61,6 +66,18 @@ impl Sequences {
         parts: &[Part],
         norm: Option<&[f32]>,
     ) -> Vec<f32> {
+        read(backend, &self.step_to(backend, cache, parts, norm, InputForm::Plain))
+    }
+
+    /// As [`step`](Self::step), left in `form`.
+    fn step_to(
+        &self,
+        backend: &dyn Backend,
+        cache: &mut PagedKv,
+        parts: &[Part],
+        norm: Option<&[f32]>,
+        form: InputForm,
+    ) -> Buffer {
         let (heads, width) = (self.heads, self.heads.qkv_width());
         let max_blocks = self.tables.iter().map(Vec::len).max().unwrap_or(1) + 1;
         let (mut qkv, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
@@ -97,8 +114,8 @@ impl Sequences {
             max_blocks,
         };
         let scale = (heads.dim as f32).sqrt().recip();
-        backend.paged_attention(&qkv, heads, scale, self.window, &inputs, cache, &mut out);
-        read(backend, &out)
+        backend.paged_attention(&qkv, heads, scale, self.window, &inputs, cache, form, &mut out);
+        out
     }
 }
 
@@ -258,6 +275,38 @@ fn a_nan_reaches_those_who_see_it_and_no_other_head_or_sequence() {
                 let sees = touched && (rows == 1 || row >= 100);
                 assert!(!value.is_nan() || touched, "{dtype}: row {row}, column {column} is not concerned");
                 assert!(value.is_nan() || !sees, "{dtype}: row {row}, column {column} sees it");
+            }
+        }
+    }
+}
+
+#[test]
+fn results_are_left_as_products_take_them() {
+    let Some(Devices { gpu, .. }) = Devices::open() else { return };
+    let mut random = Random(25);
+    for dtype in [KvCacheDtype::Bf16, KvCacheDtype::Mxfp8, KvCacheDtype::Mxint8, KvCacheDtype::Mxfp4] {
+        for heads in geometries(dtype).into_iter().filter(|heads| heads.q_width() % 32 == 0) {
+            let sequences = Sequences::new(&mut random, heads, None, &[33, 700, 64, 17]).in_cache_of(dtype);
+            let mut cache = sequences.cache(&*gpu);
+            // Prompts, rows of one token, and both.
+            let prompt = |sequence, to| Part { sequence, from: 0, to };
+            let next = |sequence, from| Part { sequence, from, to: from + 1 };
+            let steps = [
+                vec![prompt(0, 32), prompt(1, 690), prompt(2, 63)],
+                vec![next(0, 32), next(1, 690), next(2, 63)],
+                vec![next(1, 691), prompt(3, 17)],
+            ];
+            for (step, (weight, parts)) in
+                declaring(&*gpu, heads.q_width()).iter().zip(steps.iter().cycle()).enumerate()
+            {
+                let rows = parts.iter().map(|part| part.to - part.from).sum();
+                let form = gpu.input_form(&[weight], rows);
+                let mut to = |form| sequences.step_to(&*gpu, &mut cache, parts, None, form);
+                let (plain, left) = (to(InputForm::Plain), to(form));
+                let can = heads.dim % 32 == 0 && matches!(form, InputForm::Prepared(_));
+                assert!(left.form() == if can { form } else { InputForm::Plain }, "{:?}", left.form());
+                let product = |x| multiply(&*gpu, x, rows, weight, Dtype::F32);
+                assert_same(&product(&left), &product(&plain), &format!("{dtype}, {heads:?}, {step}"));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Operators that work row by row.
 
 use kernels::mx::{Cast, ElementRounding, ElementType, MxFormat, MxTensor, Values, quantize_rows};
-use kernels::{Backend, Buffer, DenseDtype, Dtype, WeightSource};
+use kernels::{Backend, Buffer, DenseDtype, Dtype, InputForm, WeightSource};
 
 use crate::common::{
     Devices, Random, activations, assert_close, assert_same, floats, integers, poisoned, read, to_bf16,
@@ -76,7 +76,7 @@ fn gather_moves_rows() {
 /// The norm of `x`, on one device.
 fn norm(backend: &dyn Backend, x: &Buffer, weight: &[f32], rows: usize) -> Vec<f32> {
     let mut out = poisoned(backend, rows * weight.len());
-    backend.rms_norm(x, &floats(backend, Dtype::F32, weight), 1e-5, rows, &mut out);
+    backend.rms_norm(x, &floats(backend, Dtype::F32, weight), 1e-5, rows, InputForm::Plain, &mut out);
     read(backend, &out)
 }
 
@@ -102,7 +102,7 @@ fn norms_of_every_width() {
                 let mut out = poisoned(backend, rows * width);
                 let weight = floats(backend, Dtype::F32, &weight);
                 let delta = activations(backend, &delta);
-                backend.add_rms_norm(&delta, &mut residual, &weight, 1e-5, rows, &mut out);
+                backend.add_rms_norm(&delta, &mut residual, &weight, 1e-5, rows, InputForm::Plain, &mut out);
                 (read(backend, &residual), read(backend, &out))
             };
             let ((sum, out), (gpu_sum, gpu_out)) = (add(&*cpu, Dtype::F32), add(&*gpu, dtype));
