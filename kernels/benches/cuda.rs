@@ -4,7 +4,7 @@
 //! Weights are taken in turn from as many copies as do not fit in the L2 cache together. The time of a product is that
 //! of a replay over the number of products in it; the median of the replays.
 //!
-//! `cargo bench -p kernels --features cuda --bench cuda [-- SHAPE…]`
+//! `cargo bench -p kernels --features cuda --bench cuda [-- SHAPE… SCHEME… ROWS…]`
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its results")]
 
@@ -59,24 +59,31 @@ fn main() {
     let backend = kernels::open(gpu).expect("the device opens");
     println!("{}", backend.description());
     println!("shape    scheme          M        us     GB/s  TFLOP/s  of floor");
-    for (name, shape) in SHAPES {
-        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
-            for label in SCHEMES {
-                let scheme = (label != "bf16").then(|| label.parse().expect("a scheme"));
-                measure(backend.as_ref(), &format!("{name:8} {label:12}"), shape, scheme);
-            }
+    let shapes = of(&wanted, SHAPES.to_vec(), |&(name, _)| name.to_owned());
+    let schemes = of(&wanted, SCHEMES.to_vec(), |&label| label.to_owned());
+    let rows = of(&wanted, ROWS.to_vec(), usize::to_string);
+    for &(name, shape) in &shapes {
+        for &label in &schemes {
+            let scheme = (label != "bf16").then(|| label.parse().expect("a scheme"));
+            measure(backend.as_ref(), &format!("{name:8} {label:12}"), shape, scheme, &rows);
         }
     }
 }
 
-/// Measures one weight with every number of rows.
-fn measure(backend: &dyn Backend, label: &str, shape: [usize; 2], scheme: Option<Scheme>) {
+/// Those of `all` whose names are `wanted`; all of them if none is.
+fn of<T: Clone>(wanted: &[String], all: Vec<T>, name: impl Fn(&T) -> String) -> Vec<T> {
+    let some: Vec<T> = all.iter().filter(|item| wanted.contains(&name(item))).cloned().collect();
+    if some.is_empty() { all } else { some }
+}
+
+/// Measures one weight with `rows`.
+fn measure(backend: &dyn Backend, label: &str, shape: [usize; 2], scheme: Option<Scheme>, rows: &[usize]) {
     let [n, k] = shape;
     let mut weights = vec![upload(backend, shape, scheme, 0, false)];
     let bytes = weights[0].bytes();
     weights
         .extend((1..UNCACHED_BYTES.div_ceil(bytes)).map(|copy| upload(backend, shape, scheme, copy, false)));
-    for rows in ROWS.into_iter().filter(|rows| rows * n <= MAX_RESULT) {
+    for &rows in rows.iter().filter(|&&rows| rows * n <= MAX_RESULT) {
         let alloc = |len| backend.alloc(Dtype::Bf16, len, Component::Workspace).expect("memory");
         let (mut x, mut out) = (alloc(rows * k), alloc(rows * n));
         backend.write_f32(&mut x, 0, &noise(rows * k, 1.0, 7));
