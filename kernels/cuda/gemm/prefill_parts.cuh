@@ -9,10 +9,11 @@
 
 namespace gemm {
 
-/// Counts one arrival, and waits for all of them. The last to come through with what was exchanged sets the counter to
-/// zero: see `leave_parts`.
+/// Counts one arrival, of all that the CTA wrote before its last barrier, and waits for all of them. The last to come through
+/// with what was exchanged sets the counter to zero: see `leave_parts`. One thread's release for all, and no fence: a fence
+/// would be sequentially consistent, and each thread would wait for its own.
 __device__ __forceinline__ void await_parts(uint32_t* arrivals, uint32_t parts) {
-    atomicAdd(arrivals, 1);
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
     uint32_t seen;
     do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
@@ -52,7 +53,6 @@ __device__ __forceinline__ TokenRange add_parts(const PrefillArgs& args, float (
     for (int j = 0; j < EIGHTS; ++j) {
         __stcg(mine + j * COUNT, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
     }
-    __threadfence();
     ptx::named_barrier(barrier, COUNT);
     if (thread == 0) await_parts(args.arrivals + result, parts);
     ptx::named_barrier(barrier, COUNT);
