@@ -237,6 +237,7 @@ struct Prefill {
             const uint2 block = schedule.at(index);
             const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
             const uint32_t tiles = L::first_tile(args.k_tiles, part + 1, args.parts) - first_k;
+            const RowTerms terms(args, first_row(block));
             float acc[TOKENS / 2];
             if constexpr (IS_EXPANDED) {
                 multiply_promoting(at, acc, tiles);
@@ -248,7 +249,7 @@ struct Prefill {
                 const uint32_t result = index / args.parts * CLUSTER + rank;
                 range = add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
             }
-            store<TOKENS>(args, staging, acc, first_row(block), block.y * TOKENS + range.first, range.count);
+            store<TOKENS>(args, staging, acc, terms, first_row(block), block.y * TOKENS + range.first, range.count);
         }
     }
 

@@ -153,25 +153,37 @@ __device__ __forceinline__ void store_gated(const PrefillArgs& args, uint32_t st
     }
 }
 
+/// What the calling thread's results are multiplied by, besides `args.factor`, and what is added to them: rows g and g + 8 of
+/// its warp's tile.
+struct RowTerms {
+    float factor[2], bias[2];
+
+    /// Those of the block that begins at `block_row`. Nobody writes them while kernels run: to be asked for before the sums are
+    /// computed, or else the results wait for memory.
+    __device__ __forceinline__ RowTerms(const PrefillArgs& args, uint32_t block_row) : factor{}, bias{} {
+        const uint32_t warp = threadIdx.x / 32 - 4, g = threadIdx.x % 32 / 4;
+        // Tiles count from the first of this launch, rows from the first of W.
+        const uint32_t tile = block_row / TILE_ROWS + warp, row = (args.first_row_tile + tile) * TILE_ROWS + g;
+        if (tile >= args.row_tiles) return;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const Columns columns = columns_of(args, tile, h);
+            factor[h] = args.row_factors[row + 8 * h];
+            if (args.bias != nullptr && columns.first + g < columns.end) bias[h] = args.bias[columns.first + g];
+        }
+    }
+};
+
 /// Scales and writes `tokens` tokens of a block, from `block_token` on, of which each warpgroup has 64 rows. `acc` is as
 /// wgmma leaves it: see ptx/wgmma.cuh. `staging` is the shared address of STAGING_BYTES for each warpgroup.
 template <int TOKENS>
 __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging, const float (&acc)[TOKENS / 2],
-                                      uint32_t block_row, uint32_t block_token, uint32_t tokens) {
+                                      const RowTerms& terms, uint32_t block_row, uint32_t block_token, uint32_t tokens) {
     const uint32_t thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, warp = thread / 32, lane = thread % 32;
-    // Tiles count from the first of this launch, rows from the first of W.
     const uint32_t group_tile = block_row / TILE_ROWS + group * 4;
     if (group_tile >= args.row_tiles) return;
-    const uint32_t g = lane / 4, row = (args.first_row_tile + group_tile + warp) * TILE_ROWS + g;
-    float factor[2] = {0.0f, 0.0f}, bias[2] = {0.0f, 0.0f};
-    if (group_tile + warp < args.row_tiles) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const Columns columns = columns_of(args, group_tile + warp, h);
-            factor[h] = args.row_factors[row + 8 * h] * args.factor;
-            if (args.bias != nullptr && columns.first + g < columns.end) bias[h] = args.bias[columns.first + g];
-        }
-    }
+    const uint32_t g = lane / 4;
+    const float factor[2] = {terms.factor[0] * args.factor, terms.factor[1] * args.factor};
 #pragma unroll
     for (int first = 0; first < TOKENS; first += STAGED_TOKENS) {
         const uint32_t chunk_token = block_token + first;
@@ -189,7 +201,7 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
             }
         }
         const auto value = [&](int j, int h, int i) {
-            return acc[first / 2 + 4 * j + 2 * h + i] * factor[h] * (i == 0 ? by[j].x : by[j].y) + bias[h];
+            return acc[first / 2 + 4 * j + 2 * h + i] * factor[h] * (i == 0 ? by[j].x : by[j].y) + terms.bias[h];
         };
         if (args.is_gated) {
             store_gated(args, staging, group_tile, chunk_token, is_written, [&](int j, int i) {

@@ -144,12 +144,12 @@ fn gated_products_leave_rows_as_products_take_them() {
 fn other_products_do_not_take_what_was_left_for_one() {
     let Some(gpu) = gpu() else { return };
     let [first, second] = [DECLARED[0], DECLARED[1]].map(|declared| weight(&*gpu, [24, 64], declared));
-    let mut x = gpu.alloc(Dtype::Bf16, 64, Component::Workspace).unwrap();
+    let mut x = gpu.alloc(Dtype::Bf16, 128, Component::Workspace).unwrap();
     let mut norm = gpu.alloc(Dtype::F32, 64, Component::Workspace).unwrap();
     gpu.write_f32(&mut norm, 0, &[1.0; 64]);
-    let mut out = gpu.alloc(Dtype::Bf16, 64, Component::Workspace).unwrap();
-    gpu.write_f32(&mut x, 0, &[1.0; 64]);
-    gpu.rms_norm(&x, &norm, 1e-5, 1, gpu.input_form(&[&first], 1), &mut out);
-    let multiplied = catch_unwind(AssertUnwindSafe(|| multiply(&*gpu, &out, 1, &second, Dtype::F32)));
+    let mut out = gpu.alloc(Dtype::Bf16, 128, Component::Workspace).unwrap();
+    gpu.write_f32(&mut x, 0, &[1.0; 128]);
+    gpu.rms_norm(&x, &norm, 1e-5, 2, gpu.input_form(&[&first], 2), &mut out);
+    let multiplied = catch_unwind(AssertUnwindSafe(|| multiply(&*gpu, &out, 2, &second, Dtype::F32)));
     assert!(multiplied.is_err(), "wrong numbers would come of it");
 }
