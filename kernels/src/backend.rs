@@ -361,8 +361,8 @@ pub trait Backend {
     );
 
     /// `out[m, n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`, where `act` is the rotation and then the activation
-    /// format that the weight's scheme declares, unless `x` was left so. `x` `[M, K]`, `out` `[M, out_width]`; the result's N columns start at
-    /// `column`.
+    /// format that the weight's scheme declares, unless `x` was left so. `x` `[M, K]`, `out` `[M, out_width]`; the result's N
+    /// columns start at `column`.
     fn linear(
         &self,
         x: &Buffer,
@@ -414,8 +414,9 @@ pub trait Backend {
         false
     }
 
-    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, in `form`, where `gate_up` is what [`linear`](Self::linear) makes of
-    /// `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is `[M, N]`.
+    /// `out[m, i] = silu(gate_up[m, i]) * gate_up[m, N / 2 + i]`, in `form`, where `gate_up` is what
+    /// [`linear`](Self::linear) makes of `x` and `weight`, which [`upload_gated`](Self::upload_gated) made. `scratch` is
+    /// `[M, N]`.
     fn gated_linear(
         &self,
         x: &Buffer,

@@ -24,8 +24,8 @@ impl Preparation {
 }
 
 /// How an operator leaves activations for the products that follow, so that these need no pass of their own to prepare
-/// them: asked of [`Backend::input_form`](crate::Backend::input_form), given to the operator, and kept with the buffer, where
-/// products look. The result is the same in every form.
+/// them: asked of [`Backend::input_form`](crate::Backend::input_form), given to the operator, and kept with the buffer,
+/// where products look. The result is the same in every form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InputForm {
     /// As they were computed.
@@ -33,6 +33,7 @@ pub enum InputForm {
     Plain,
     /// Prepared, in the activations' element type, which has every value of every MX format.
     Prepared(Preparation),
-    /// Prepared, as E4M3 numbers of one byte, in the order in which a device multiplies them, and then a factor for each row.
+    /// Prepared, as E4M3 numbers of one byte, in the order in which a device multiplies them, and then a factor for each
+    /// row.
     E4m3(Preparation),
 }

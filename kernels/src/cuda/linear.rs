@@ -90,8 +90,17 @@ impl LinearOperator {
         let out_dtype = out.dtype();
         let out = output_address(out, out_dtype, rows * out_width);
         let (x, form) = (input_address(x, rows * k), x.form());
-        let product =
-            Product { x, form, rows, out, out_dtype, out_width, column, is_gated: false, preparation: None };
+        let product = Product {
+            x,
+            form,
+            rows,
+            out,
+            out_dtype,
+            out_width,
+            column,
+            is_gated: false,
+            result_preparation: None,
+        };
         // SAFETY: the buffers have the elements, as was checked; allocations are aligned to 256 bytes.
         unsafe { self.multiply(weight, preparation, &product) };
     }
@@ -115,10 +124,14 @@ impl LinearOperator {
             InputForm::Prepared(_) if takes_many_rows(rows, weight) => form,
             _ => InputForm::Plain,
         };
-        let preparation_of_results = match left {
+        let result_preparation = match left {
             InputForm::Prepared(preparation) => Some(preparation),
             InputForm::Plain | InputForm::E4m3(_) => None,
         };
+        assert!(
+            result_preparation.is_none() || out_width.is_multiple_of(Block::OCP.size()),
+            "whole blocks in a row of {out_width} results"
+        );
         let product = Product {
             x: input_address(x, rows * k),
             form: x.form(),
@@ -128,7 +141,7 @@ impl LinearOperator {
             out_width,
             column: 0,
             is_gated: true,
-            preparation: preparation_of_results,
+            result_preparation,
         };
         // SAFETY: as above.
         unsafe { self.multiply(weight, preparation, &product) };

@@ -33,6 +33,6 @@ pub(crate) struct Product {
     pub(crate) column: usize,
     /// Whether the weight is pairs of gate and up, and the result `silu(gate) * up`: N / 2 columns of BF16.
     pub(crate) is_gated: bool,
-    /// What is done to results that are gated, by the kernel for many rows: whole blocks of them.
-    pub(crate) preparation: Option<Preparation>,
+    /// What is done to results that are gated, by the kernel for many rows alone: N / 2 is a multiple of 32 then.
+    pub(crate) result_preparation: Option<Preparation>,
 }

@@ -151,10 +151,10 @@ impl Prefill {
         preparation: Option<Preparation>,
         rows: usize,
     ) -> InputForm {
-        match (preparation, self.plan(weight, preparation, rows).operand) {
-            (None, _) => InputForm::Plain,
-            (Some(preparation), Operand::Bf16) => InputForm::Prepared(preparation),
-            (Some(preparation), Operand::E4m3) => InputForm::E4m3(preparation),
+        let Some(done) = preparation else { return InputForm::Plain };
+        match self.plan(weight, preparation, rows).operand {
+            Operand::Bf16 => InputForm::Prepared(done),
+            Operand::E4m3 => InputForm::E4m3(done),
         }
     }
 
@@ -322,7 +322,7 @@ impl Prefill {
             ),
             is_gated: u32::from(product.is_gated),
             parts: plan.parts,
-            preparation: product.preparation.into(),
+            preparation: product.result_preparation.into(),
             partial_sums: self.exchange.partial_sums.ptr(),
             arrivals: self.exchange.arrivals.ptr(),
         }

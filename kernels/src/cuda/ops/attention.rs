@@ -209,7 +209,8 @@ impl AttentionOperator {
         Cut::new(heads, dtype, self.context.properties().sm_count as usize)
     }
 
-    /// Causal attention of the q part of `qkv` over `cache`, left in `form` if blocks and heads allow it; see [`Backend`](crate::Backend::paged_attention).
+    /// Causal attention of the q part of `qkv` over `cache`, left in `form` if blocks and heads allow it; see
+    /// [`Backend`](crate::Backend::paged_attention).
     #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
     pub(crate) fn attend(
         &self,
