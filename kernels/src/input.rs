@@ -1,6 +1,8 @@
 //! The form in which activations wait for the products that read them.
 
-use crate::mx::{Cast, Rotation, Scheme};
+use crate::mx::Cast;
+#[cfg(feature = "cuda")]
+use crate::mx::{Rotation, Scheme};
 
 /// What a scheme declares to be done to the input of a product before it multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,6 +13,7 @@ pub struct Preparation {
     pub(crate) activation: Option<Cast>,
 }
 
+#[cfg(feature = "cuda")]
 impl Preparation {
     /// What `scheme` declares; `None` if the input multiplies as it is.
     pub(crate) fn of(scheme: Option<Scheme>) -> Option<Self> {
