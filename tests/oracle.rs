@@ -46,7 +46,7 @@ fn our_logits(tokens: &[u32]) -> Vec<f32> {
     let blocks: Vec<u32> = (0..16).collect();
     let mut step = StepInputs::new(&*backend, 256, 1, 16).expect("memory");
     let mut kv = KvCache::new(&*backend, config, 16, KvCacheDtype::F32).expect("memory");
-    let mut workspace = Workspace::new(&*backend, config, 256, 1).expect("memory");
+    let mut workspace = Workspace::new(&*backend, &*model, 256, 1).expect("memory");
     step.fill(&*backend, &[StepSequence { tokens, first_position: 0, block_table: &blocks }]);
     model.forward(&*backend, &step, &mut kv, &mut workspace);
     model.logits(&*backend, &[tokens.len() as u32 - 1], &mut workspace);

@@ -228,6 +228,10 @@ impl Model for Decoder {
         let layers: usize = self.layers.iter().map(DecoderLayer::parameters).sum();
         vocab * hidden + layers + self.norm.parameters() + head
     }
+
+    fn has_gates_apart(&self) -> bool {
+        self.layers.iter().any(|layer| layer.mlp.gate_up.parts().len() > 1)
+    }
 }
 
 /// Adds `weight` to the row of its group and scheme.

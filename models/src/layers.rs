@@ -286,7 +286,6 @@ impl GatedMlp {
             let Workspace { normed, gate_up, activated, .. } = ws;
             backend.gated_linear(normed, rows, &both.weight, gate_up, form, activated);
         } else {
-            ws.reserve_gate_up(backend, 2 * self.width);
             self.gate_up.forward(backend, &ws.normed, rows, &mut ws.gate_up);
             backend.silu_mul(&ws.gate_up, rows, self.width, &mut ws.activated);
         }

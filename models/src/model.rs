@@ -38,6 +38,12 @@ pub trait Model {
 
     /// Parameters of the whole model; a tied output head counts once.
     fn parameters(&self) -> usize;
+
+    /// Whether the gates of some layer are another weight than what they gate, as with formats of their own: the
+    /// [`Workspace`] then has their results on every device.
+    fn has_gates_apart(&self) -> bool {
+        false
+    }
 }
 
 /// Looks at the inputs of linear layers while a step runs.

@@ -189,7 +189,7 @@ impl<'a> Stager<'a> {
         let mut step = StepInputs::new(backend, tokens, 1, blocks)?;
         let ids = vec![0; tokens];
         step.fill(backend, &[StepSequence { tokens: &ids, first_position: 0, block_table: &table }]);
-        let mut workspace = Workspace::new(backend, config, tokens, LOGIT_ROWS)?;
+        let mut workspace = Workspace::of_sizes(backend, config, true, tokens, LOGIT_ROWS)?;
         let inv_freq = parameter(backend, &config.rope.inv_freq)?;
         backend.rope_table(&step.positions, &inv_freq, config.rope.factor, tokens, &mut workspace.rope);
         let cache = backend.alloc_kv(blocks, config.heads, KvCacheDtype::F32)?;

@@ -2,12 +2,11 @@
 
 use kernels::{Backend, Buffer, Component, Dtype};
 
-use crate::ModelConfig;
+use crate::{Model, ModelConfig};
 
 /// Activation buffers, allocated once for steps of up to `max_tokens` rows and used again in every layer.
 #[derive(Debug)]
 pub struct Workspace {
-    max_tokens: usize,
     max_logit_rows: usize,
     /// F32 `[max_tokens, hidden]`: the residual stream. What every layer adds to it is not rounded to the activations' type.
     pub(crate) residual: Buffer,
@@ -19,8 +18,8 @@ pub struct Workspace {
     pub(crate) qkv: Buffer,
     /// `[max_tokens, heads.q_width()]`.
     pub(crate) attention: Buffer,
-    /// `[max_tokens, 2 * intermediate]`; empty where the device gates without it, until a model whose gates and those that
-    /// they gate are apart wants it.
+    /// `[max_tokens, 2 * intermediate]`; empty where the device gates without it, unless the model's gates and those that
+    /// they gate are [apart](Model::has_gates_apart).
     pub(crate) gate_up: Buffer,
     /// `[max_tokens, intermediate]`.
     pub(crate) activated: Buffer,
@@ -35,13 +34,28 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Buffers for steps of up to `max_tokens` rows, and logits of up to `max_logit_rows` rows at a time.
+    /// Buffers for steps of `model` of up to `max_tokens` rows, and logits of up to `max_logit_rows` rows at a time.
     ///
     /// # Errors
     /// Out of memory.
     pub fn new(
         backend: &dyn Backend,
+        model: &dyn Model,
+        max_tokens: usize,
+        max_logit_rows: usize,
+    ) -> kernels::Result<Self> {
+        let has_gate_up = !backend.fuses_gated_linear() || model.has_gates_apart();
+        Self::of_sizes(backend, model.config(), has_gate_up, max_tokens, max_logit_rows)
+    }
+
+    /// As [`new`](Self::new), for layers that are not there yet.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn of_sizes(
+        backend: &dyn Backend,
         config: &ModelConfig,
+        has_gate_up: bool,
         max_tokens: usize,
         max_logit_rows: usize,
     ) -> kernels::Result<Self> {
@@ -49,18 +63,13 @@ impl Workspace {
             |dtype, rows: usize, width: usize| backend.alloc(dtype, rows * width, Component::Workspace);
         let activations = |width| alloc(backend.activation_dtype(), max_tokens, width);
         Ok(Self {
-            max_tokens,
             max_logit_rows,
             residual: alloc(Dtype::F32, max_tokens, config.hidden_size)?,
             normed: activations(config.hidden_size)?,
             delta: activations(config.hidden_size)?,
             qkv: activations(config.heads.qkv_width())?,
             attention: activations(config.heads.q_width())?,
-            gate_up: activations(if backend.fuses_gated_linear() {
-                0
-            } else {
-                2 * config.intermediate_size
-            })?,
+            gate_up: activations(if has_gate_up { 2 * config.intermediate_size } else { 0 })?,
             activated: activations(config.intermediate_size)?,
             rope: alloc(Dtype::F32, max_tokens, config.heads.dim)?,
             logit_rows: alloc(Dtype::U32, max_logit_rows, 1)?,
@@ -69,25 +78,13 @@ impl Workspace {
         })
     }
 
-    /// Makes room for `gate_up` in rows of `width`, if there is none yet.
-    ///
-    /// # Panics
-    /// Out of memory. Before a server gives the rest of it away, the largest step has run.
-    pub(crate) fn reserve_gate_up(&mut self, backend: &dyn Backend, width: usize) {
-        if self.gate_up.is_empty() {
-            let buffer =
-                backend.alloc(backend.activation_dtype(), self.max_tokens * width, Component::Workspace);
-            self.gate_up = buffer.unwrap_or_else(|error| panic!("{error}"));
-        }
-    }
-
-    /// Most rows that [`Model::logits`](crate::Model::logits) takes at a time.
+    /// Most rows that [`Model::logits`] takes at a time.
     pub fn max_logit_rows(&self) -> usize {
         self.max_logit_rows
     }
 
     /// `[rows, hidden_size]`: the final-normed hidden states of the last step, from which
-    /// [`Model::logits`](crate::Model::logits) starts.
+    /// [`Model::logits`] starts.
     pub fn hidden(&self) -> &Buffer {
         &self.normed
     }
@@ -97,7 +94,7 @@ impl Workspace {
         &mut self.normed
     }
 
-    /// F32 `[rows, vocab_size]`: the result of the last [`Model::logits`](crate::Model::logits).
+    /// F32 `[rows, vocab_size]`: the result of the last [`Model::logits`].
     pub fn logits(&self) -> &Buffer {
         &self.logits
     }

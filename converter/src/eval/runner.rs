@@ -132,7 +132,7 @@ impl<'a> Runner<'a> {
             model,
             kv: KvCache::new(backend, config, limits.blocks, kv_cache)?,
             step: StepInputs::new(backend, limits.tokens, limits.sequences, limits.blocks)?,
-            workspace: Workspace::new(backend, config, limits.tokens, LOGIT_ROWS)?,
+            workspace: Workspace::new(backend, model, limits.tokens, LOGIT_ROWS)?,
             limits,
             logits: Vec::new(),
         })

@@ -135,7 +135,7 @@ fn capture(
     let mut run = || {
         let mut step = StepInputs::new(&*backend, length, 1, blocks.len())?;
         let mut kv = KvCache::new(&*backend, config, blocks.len(), KvCacheDtype::F32)?;
-        let mut workspace = Workspace::new(&*backend, config, length, 1)?;
+        let mut workspace = Workspace::new(&*backend, &*model, length, 1)?;
         let sequence = StepSequence { tokens: &tokens, first_position: 0, block_table: &blocks };
         step.fill(&*backend, &[sequence]);
         let mut capture = Capture { backend: &*backend, layers, rows: length, inputs: &mut inputs };

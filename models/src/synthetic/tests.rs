@@ -59,7 +59,7 @@ fn logits(backend: &dyn Backend, model: &dyn Model) -> Vec<f32> {
     let config = model.config();
     let mut kv = KvCache::new(backend, config, 1, KvCacheDtype::F32).unwrap();
     let mut step = StepInputs::new(backend, 4, 1, 1).unwrap();
-    let mut workspace = Workspace::new(backend, config, 4, 1).unwrap();
+    let mut workspace = Workspace::new(backend, model, 4, 1).unwrap();
     step.fill(backend, &[StepSequence { tokens: &[1, 2, 3, 4], first_position: 0, block_table: &[0] }]);
     model.forward(backend, &step, &mut kv, &mut workspace);
     model.logits(backend, &[3], &mut workspace);

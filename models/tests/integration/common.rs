@@ -83,7 +83,7 @@ impl Runner {
         let model = models::load(&*backend, &checkpoint).unwrap_or_else(|error| panic!("{error}"));
         let kv = KvCache::new(&*backend, model.config(), kv_blocks, kv_dtype).unwrap();
         let step = StepInputs::new(&*backend, MAX_TOKENS, 4, kv_blocks).unwrap();
-        let workspace = Workspace::new(&*backend, model.config(), MAX_TOKENS, 64).unwrap();
+        let workspace = Workspace::new(&*backend, &*model, MAX_TOKENS, 64).unwrap();
         Self { backend, model, kv, step, workspace }
     }
 

@@ -79,7 +79,7 @@ impl ModelRunner {
         let max_sequences = limits.max_num_seqs.min(max_tokens);
         let logit_rows = max_sequences.max(MIN_LOGIT_ROWS).min(max_tokens);
         let start = Instant::now();
-        let mut workspace = Workspace::new(device, config, max_tokens, logit_rows)?;
+        let mut workspace = Workspace::new(device, model.as_ref(), max_tokens, logit_rows)?;
         let sampler = Sampler::new(device, config.vocab_size, logit_rows)?;
         if device.captures() {
             warm_up(device, model.as_ref(), &mut workspace, max_tokens, dtype)?;
