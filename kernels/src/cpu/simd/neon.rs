@@ -1,5 +1,4 @@
 //! The AArch64 lanes. Every method's safety is the trait's contract.
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the contract of `Lanes` alone")]
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -13,6 +12,7 @@ pub(crate) struct Neon(pub(in crate::cpu) [float32x4_t; 4]);
 /// Applies an operation to each of the four registers of its operands.
 macro_rules! each {
     ($($v:expr),+ => |$($x:ident),+| $body:expr) => {
+        // SAFETY: the caller's conditions.
         Neon(unsafe {
             [each!(@ 0, $($v),+ => |$($x),+| $body), each!(@ 1, $($v),+ => |$($x),+| $body),
              each!(@ 2, $($v),+ => |$($x),+| $body), each!(@ 3, $($v),+ => |$($x),+| $body)]
@@ -28,6 +28,7 @@ macro_rules! each {
 #[inline(always)]
 unsafe fn widen_halves(halves: uint16x4_t) -> float32x4_t {
     let floats: float32x4_t;
+    // SAFETY: the caller's conditions.
     unsafe {
         asm!("fcvtl {floats:v}.4s, {halves:v}.4h", floats = lateout(vreg) floats, halves = in(vreg) halves,
              options(pure, nomem, nostack, preserves_flags));
@@ -38,6 +39,7 @@ unsafe fn widen_halves(halves: uint16x4_t) -> float32x4_t {
 /// 16 bytes as four vectors of words.
 #[inline(always)]
 pub(super) unsafe fn widen_bytes(bytes: uint8x16_t) -> [uint32x4_t; 4] {
+    // SAFETY: the caller's conditions.
     unsafe {
         let (low, high) = (vmovl_u8(vget_low_u8(bytes)), vmovl_high_u8(bytes));
         [
@@ -53,6 +55,7 @@ impl Neon {
     /// Entries `index`, words below 16, of `table`.
     #[inline(always)]
     unsafe fn lookup(index: uint32x4_t, table: &[f32; 16]) -> float32x4_t {
+        // SAFETY: the caller's conditions.
         unsafe {
             // The four bytes of entry i are at 4 i.
             let first = vmulq_u32(index, vdupq_n_u32(0x0404_0404));
@@ -65,6 +68,7 @@ impl Neon {
     /// Eight halves with the fields of `codes` placed by `fields`.
     #[inline(always)]
     unsafe fn place_fields(codes: uint16x8_t, fields: HalfFields) -> uint16x8_t {
+        // SAFETY: the caller's conditions.
         unsafe {
             let sign = vandq_u16(vshlq_u16(codes, vdupq_n_s16(16 - fields.bits as i16)), vdupq_n_u16(0x8000));
             let mask = ((1_u32 << (fields.bits - 1)) - 1) << fields.shift;
@@ -81,14 +85,17 @@ impl Lanes for Neon {
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
+        // SAFETY: the trait's contract.
         Self([unsafe { vdupq_n_f32(v) }; 4])
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self([vld1q_f32(p), vld1q_f32(p.add(4)), vld1q_f32(p.add(8)), vld1q_f32(p.add(12))]) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the trait's contract.
         unsafe {
             vst1q_f32(p, self.0[0]);
             vst1q_f32(p.add(4), self.0[1]);
@@ -157,6 +164,7 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
+        // SAFETY: the trait's contract.
         let words = unsafe { widen_bytes(vld1q_u8(p)) };
         each!(words => |byte| {
             let normal = vshlq_n_u32::<23>(byte);
@@ -167,6 +175,7 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self {
+        // SAFETY: the trait's contract.
         let halves = unsafe {
             let bytes = vld1q_u8(p);
             let low = Self::place_fields(vmovl_u8(vget_low_u8(bytes)), fields);
@@ -185,6 +194,7 @@ impl Lanes for Neon {
     ) -> [Self; 4] {
         const AT: [usize; 4] = [0, 4, 8, 12];
         let [t0, t1] = table.as_chunks::<16>().0 else { unreachable!("32 entries") };
+        // SAFETY: the trait's contract.
         let mut quad = [unsafe { Self::splat(0.0) }; 4];
         for (j, out) in quad.iter_mut().enumerate() {
             let by_low = -((8 * j + 4 * half) as i32);

@@ -1,5 +1,4 @@
 //! The AArch64 int8 dot products, signed by signed: nothing is raised. Every method's safety is the trait's contract.
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the contract of `Dot` alone")]
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -15,6 +14,7 @@ pub(crate) struct NeonDot<const DOT: bool>([int32x4_t; 4]);
 /// Applies an operation to each of the four registers of its operands.
 macro_rules! each {
     ($($v:expr),+ => |$($x:ident),+| $body:expr) => {
+        // SAFETY: the caller's conditions.
         unsafe {
             [each!(@ 0, $($v),+ => |$($x),+| $body), each!(@ 1, $($v),+ => |$($x),+| $body),
              each!(@ 2, $($v),+ => |$($x),+| $body), each!(@ 3, $($v),+ => |$($x),+| $body)]
@@ -29,6 +29,7 @@ macro_rules! each {
 /// `sum` plus four products per lane. (The intrinsic of `sdot` is not stable.)
 #[inline(always)]
 unsafe fn dot<const DOT: bool>(sum: int32x4_t, w: int32x4_t, x: int32x4_t) -> int32x4_t {
+    // SAFETY: the caller's conditions.
     unsafe {
         if DOT {
             let mut sum = sum;
@@ -48,6 +49,7 @@ unsafe fn dot<const DOT: bool>(sum: int32x4_t, w: int32x4_t, x: int32x4_t) -> in
 /// Low or high nibbles of bytes.
 #[inline(always)]
 unsafe fn nibble<const HIGH: bool>(words: int32x4_t) -> uint8x16_t {
+    // SAFETY: the caller's conditions.
     unsafe {
         let bytes = vreinterpretq_u8_s32(words);
         if HIGH { vshrq_n_u8::<4>(bytes) } else { vandq_u8(bytes, vdupq_n_u8(15)) }
@@ -57,6 +59,7 @@ unsafe fn nibble<const HIGH: bool>(words: int32x4_t) -> uint8x16_t {
 /// Low byte of each of four lanes, times four vectors.
 #[inline(always)]
 unsafe fn low_bytes(v: [int32x4_t; 4]) -> int8x16_t {
+    // SAFETY: the caller's conditions.
     unsafe {
         let low = vuzp1q_s16(vreinterpretq_s16_s32(v[0]), vreinterpretq_s16_s32(v[1]));
         let high = vuzp1q_s16(vreinterpretq_s16_s32(v[2]), vreinterpretq_s16_s32(v[3]));
@@ -73,6 +76,7 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
 
     #[inline(always)]
     unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        // SAFETY: the trait's contract.
         unsafe {
             if FAR {
                 asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
@@ -84,10 +88,12 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     // Advanced SIMD is part of every AArch64 target, and `sdot` is assembly: there is nothing to enable.
     #[inline(never)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
+        // SAFETY: the trait's contract.
         unsafe { work.run::<Self>() }
     }
     #[inline(always)]
     unsafe fn splat(v: i32) -> Self {
+        // SAFETY: the trait's contract.
         Self([unsafe { vdupq_n_s32(v) }; 4])
     }
     #[inline(always)]
@@ -98,11 +104,13 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     #[inline(always)]
     unsafe fn store(self, p: *mut u8) {
         for (i, quarter) in self.0.into_iter().enumerate() {
+            // SAFETY: the trait's contract.
             unsafe { vst1q_u8(p.add(16 * i), vreinterpretq_u8_s32(quarter)) };
         }
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> uint8x16x4_t {
+        // SAFETY: the trait's contract.
         unsafe { vld1q_u8_x4(bytes.as_ptr()) }
     }
     #[inline(always)]
@@ -127,6 +135,7 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     }
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { self.dot_codes(w, x) }
     }
     #[inline(always)]
@@ -149,6 +158,7 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     }
     #[inline(always)]
     unsafe fn max_magnitude(p: *const f32) -> u32 {
+        // SAFETY: the trait's contract.
         unsafe {
             let mask = vdupq_n_u32(0x7FFF_FFFF);
             let mut max = vdupq_n_u32(0);
@@ -161,6 +171,7 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     #[inline(always)]
     unsafe fn sum(self, b: Self) -> i32 {
         let pairs = each!(self.0, b.0 => |a, b| vaddq_s32(a, b));
+        // SAFETY: the trait's contract.
         unsafe { vaddvq_s32(vaddq_s32(vaddq_s32(pairs[0], pairs[1]), vaddq_s32(pairs[2], pairs[3]))) }
     }
     #[inline(always)]
@@ -169,6 +180,7 @@ impl<const DOT: bool> Dot for NeonDot<DOT> {
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut i8) {
+        // SAFETY: the trait's contract.
         unsafe { vst1q_s8(p, low_bytes(self.0)) }
     }
 }

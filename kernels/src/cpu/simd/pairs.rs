@@ -246,7 +246,6 @@ pub(crate) use x86::Avx512Pairs;
 
 /// Every method's safety is the traits' contract.
 #[cfg(target_arch = "x86_64")]
-#[allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the traits' contract alone")]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -255,6 +254,7 @@ mod x86 {
 
     #[inline(always)]
     unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        // SAFETY: the caller's conditions.
         unsafe {
             if FAR {
                 _mm_prefetch::<_MM_HINT_T1>(p.cast());
@@ -267,6 +267,7 @@ mod x86 {
     impl CacheLanes for Avx2 {
         #[inline(always)]
         unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+            // SAFETY: the trait's contract.
             unsafe { prefetch::<FAR>(p) }
         }
     }
@@ -274,10 +275,12 @@ mod x86 {
     impl CacheLanes for Avx512 {
         #[inline(always)]
         unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+            // SAFETY: the trait's contract.
             unsafe { prefetch::<FAR>(p) }
         }
         #[inline(always)]
         unsafe fn zero_below(self, bound: f32) -> Self {
+            // SAFETY: the trait's contract.
             unsafe {
                 let kept = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, _mm512_set1_ps(bound));
                 Self(_mm512_maskz_mov_ps(kept, self.0))
@@ -285,6 +288,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn zero_within(self, bound: f32) -> Self {
+            // SAFETY: the trait's contract.
             unsafe {
                 let magnitude = _mm512_abs_ps(self.0);
                 let kept = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(magnitude, _mm512_set1_ps(bound));
@@ -293,10 +297,12 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn largest(self) -> f32 {
+            // SAFETY: the trait's contract.
             unsafe { _mm512_reduce_max_ps(self.0) }
         }
         #[inline(always)]
         unsafe fn store_pairs(low: Self, high: Self, p: *mut u16) {
+            // SAFETY: the trait's contract.
             unsafe {
                 let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low.0));
                 let high = _mm512_castps_si512(high.0);
@@ -307,10 +313,12 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn from_bytes(p: *const i8) -> Self {
+            // SAFETY: the trait's contract.
             Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
         }
         #[inline(always)]
         unsafe fn from_nibble_bytes(p: *const u8, table: &[f32; 16]) -> (Self, Self) {
+            // SAFETY: the trait's contract.
             unsafe {
                 let table = _mm512_loadu_ps(table.as_ptr());
                 // The permutation looks at an index's low four bits only.
@@ -336,14 +344,17 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(p: *const u16) -> __m512i {
+            // SAFETY: the trait's contract.
             unsafe { _mm512_loadu_si512(p.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(p: *const u16) -> __m512i {
+            // SAFETY: the trait's contract.
             unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
         }
         #[inline(always)]
         unsafe fn dot(acc: Avx512, v: __m512i, s: __m512i) -> Avx512 {
+            // SAFETY: the trait's contract.
             unsafe {
                 let (v, s) = (
                     std::mem::transmute::<__m512i, __m512bh>(v),
@@ -354,10 +365,12 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn keep(v: __m512i, element: usize) -> __m512i {
+            // SAFETY: the trait's contract.
             unsafe { _mm512_maskz_mov_epi16(if element == 0 { 0x5555_5555 } else { 0xAAAA_AAAA }, v) }
         }
         #[inline(always)]
         unsafe fn store(v: Avx512, p: *mut u16) {
+            // SAFETY: the trait's contract.
             unsafe {
                 let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v.0));
                 _mm256_storeu_si256(p.cast(), rounded);

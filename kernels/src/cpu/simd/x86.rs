@@ -1,5 +1,4 @@
 //! The x86-64 lanes. Every method's safety is the trait's contract.
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the contract of `Lanes` alone")]
 
 use std::arch::x86_64::*;
 
@@ -12,6 +11,7 @@ pub(crate) struct Avx512(pub(in crate::cpu) __m512);
 /// Sixteen halves with the fields of `code` words placed by `fields`.
 #[inline(always)]
 unsafe fn place_fields(code: __m256i, fields: HalfFields) -> __m256i {
+    // SAFETY: the caller's conditions.
     unsafe {
         let sign = _mm256_and_si256(
             _mm256_sll_epi16(code, _mm_cvtsi32_si128(16 - fields.bits as i32)),
@@ -31,6 +31,7 @@ impl Avx512 {
     /// Sign-magnitude codes: bits 0..=3 from `low`, 4 (magnitude) and 5 (sign) from `high`.
     #[inline(always)]
     unsafe fn sextet(low: __m512i, high: __m512i, t0: __m512, t1: __m512) -> Self {
+        // SAFETY: the caller's conditions.
         unsafe {
             // (low & 15) | (high & !15); the lookup takes bits 0..=4.
             let code = _mm512_ternarylogic_epi32::<0xCA>(_mm512_set1_epi32(15), low, high);
@@ -50,60 +51,74 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_set1_ps(v) })
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_loadu_ps(p) })
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the trait's contract.
         unsafe { _mm512_storeu_ps(p, self.0) }
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_add_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn sub(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_sub_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_mul_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_div_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_max_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn min(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_min_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn round(self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
     }
     #[inline(always)]
     unsafe fn mul_pow2(self, n: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
     }
     #[inline(always)]
     unsafe fn keep(self, from: usize, to: usize, fill: f32) -> Self {
         let (below_to, below_from) = ((1u32 << to.min(LANES)) - 1, (1u32 << from.min(LANES)) - 1);
         let inside = (below_to & !below_from) as u16;
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), inside, self.0) })
     }
     #[inline(always)]
     unsafe fn from_bf16(p: *const u16) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -111,10 +126,12 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     unsafe fn from_f16(p: *const u16) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
     }
     #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe {
             let byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
             let normal = _mm512_slli_epi32::<23>(byte);
@@ -128,6 +145,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe {
             let code = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
             _mm512_mul_ps(_mm512_cvtph_ps(place_fields(code, fields)), _mm512_set1_ps(fields.factor))
@@ -141,6 +159,7 @@ impl Lanes for Avx512 {
         pair: usize,
         table: &[f32; 32],
     ) -> [Self; 4] {
+        // SAFETY: the trait's contract.
         unsafe {
             let (t0, t1) = (_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table.as_ptr().add(16)));
             let low = _mm512_loadu_si512(low.cast());
@@ -164,6 +183,7 @@ pub(crate) struct Avx2(pub(in crate::cpu) __m256, pub(in crate::cpu) __m256);
 impl Avx2 {
     #[inline(always)]
     unsafe fn from_halves(h: __m256i) -> Self {
+        // SAFETY: the caller's conditions.
         unsafe {
             Self(
                 _mm256_cvtph_ps(_mm256_castsi256_si128(h)),
@@ -174,6 +194,7 @@ impl Avx2 {
 
     #[inline(always)]
     unsafe fn pow2(n: __m256) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
@@ -182,6 +203,7 @@ impl Avx2 {
 
     #[inline(always)]
     unsafe fn keep_half(v: __m256, first: i32, from: usize, to: usize, fill: f32) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
             let before = _mm256_cmpgt_epi32(_mm256_set1_epi32(from.min(LANES) as i32), lane);
@@ -193,6 +215,7 @@ impl Avx2 {
 
     #[inline(always)]
     unsafe fn bf16_half(p: *const u16) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
@@ -201,6 +224,7 @@ impl Avx2 {
 
     #[inline(always)]
     unsafe fn e8m0_half(p: *const u8) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
             let zero = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());
@@ -214,6 +238,7 @@ impl Avx2 {
     /// Sign-magnitude codes: bits 0..=3 from `low`; 4 (magnitude) and 5 (sign) are bits 0 and 1 of `high`.
     #[inline(always)]
     unsafe fn sextet(low: __m256i, high: __m256i, table: &[f32; 32]) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let [t0, t1] = table.as_chunks::<16>().0 else { unreachable!("32 entries") };
             let (lower, upper) = (Self::lookup16(low, t0), Self::lookup16(low, t1));
@@ -225,6 +250,7 @@ impl Avx2 {
 
     #[inline(always)]
     unsafe fn lookup16(index: __m256i, table: &[f32; 16]) -> __m256 {
+        // SAFETY: the caller's conditions.
         unsafe {
             let (t0, t1) = (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8)));
             // The permutation looks at an index's low three bits; bit 3 chooses the half of the table.
@@ -236,6 +262,7 @@ impl Avx2 {
 
 macro_rules! both {
     ($a:expr, $b:expr, $f:ident) => {
+        // SAFETY: the caller's conditions.
         Self(unsafe { $f($a.0, $b.0) }, unsafe { $f($a.1, $b.1) })
     };
 }
@@ -245,15 +272,18 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
+        // SAFETY: the trait's contract.
         let v = unsafe { _mm256_set1_ps(v) };
         Self(v, v)
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the trait's contract.
         unsafe {
             _mm256_storeu_ps(p, self.0);
             _mm256_storeu_ps(p.add(8), self.1);
@@ -261,6 +291,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
     }
     #[inline(always)]
@@ -290,32 +321,39 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn round(self) -> Self {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: the trait's contract.
         unsafe { Self(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
     }
     #[inline(always)]
     unsafe fn mul_pow2(self, n: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self(_mm256_mul_ps(self.0, Self::pow2(n.0)), _mm256_mul_ps(self.1, Self::pow2(n.1))) }
     }
     #[inline(always)]
     unsafe fn keep(self, from: usize, to: usize, fill: f32) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             Self(Self::keep_half(self.0, 0, from, to, fill), Self::keep_half(self.1, 8, from, to, fill))
         }
     }
     #[inline(always)]
     unsafe fn from_bf16(p: *const u16) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self(Self::bf16_half(p), Self::bf16_half(p.add(8))) }
     }
     #[inline(always)]
     unsafe fn from_f16(p: *const u16) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::from_halves(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
     unsafe fn from_e8m0(p: *const u8) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self(Self::e8m0_half(p), Self::e8m0_half(p.add(8))) }
     }
     #[inline(always)]
     unsafe fn from_fp8(p: *const u8, fields: HalfFields) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             let code = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
             Self::from_halves(place_fields(code, fields)).mul(Self::splat(fields.factor))
@@ -329,6 +367,7 @@ impl Lanes for Avx2 {
         pair: usize,
         table: &[f32; 32],
     ) -> [Self; 4] {
+        // SAFETY: the trait's contract.
         unsafe {
             let low = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(8).cast()));
             let high = (_mm256_loadu_si256(high.cast()), _mm256_loadu_si256(high.add(8).cast()));

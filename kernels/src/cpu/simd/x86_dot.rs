@@ -1,5 +1,4 @@
 //! The x86-64 int8 dot products. Every method's safety is the trait's contract.
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each block relies on the contract of `Dot` alone")]
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -10,6 +9,7 @@ use super::x86::{Avx2, Avx512};
 /// [`Dot::prefetch`].
 #[inline(always)]
 unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+    // SAFETY: the caller's conditions.
     unsafe {
         if FAR {
             _mm_prefetch::<_MM_HINT_T1>(p.cast());
@@ -32,34 +32,42 @@ impl Dot for Avx512Vnni {
 
     #[inline(always)]
     unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        // SAFETY: the trait's contract.
         unsafe { prefetch::<FAR>(p) }
     }
     #[inline(always)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
         unsafe fn run<W: DotWork>(work: W) -> W::Output {
+            // SAFETY: the trait's contract.
             unsafe { work.run::<Avx512Vnni>() }
         }
+        // SAFETY: the trait's contract.
         unsafe { run(work) }
     }
     #[inline(always)]
     unsafe fn splat(v: i32) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_set1_epi32(v) })
     }
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_loadu_si512(p.cast()) })
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut u8) {
+        // SAFETY: the trait's contract.
         unsafe { _mm512_storeu_si512(p.cast(), self.0) }
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> __m512i {
+        // SAFETY: the trait's contract.
         unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
     }
     #[inline(always)]
     unsafe fn nibbles<const HIGH: bool>(self, table: __m512i) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             // The lookup takes six bits; the two above the nibble do not matter, since the table repeats.
             let code = if HIGH { _mm512_srli_epi16::<4>(self.0) } else { self.0 };
@@ -68,6 +76,7 @@ impl Dot for Avx512Vnni {
     }
     #[inline(always)]
     unsafe fn sextets<const HIGH: bool, const PAIR: u32>(self, upper: Self, table: __m512i) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             let low = if HIGH { _mm512_srli_epi16::<4>(self.0) } else { self.0 };
             let upper = match PAIR {
@@ -83,34 +92,42 @@ impl Dot for Avx512Vnni {
     }
     #[inline(always)]
     unsafe fn raised_bytes(self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_xor_si512(self.0, _mm512_set1_epi8(i8::MIN)) })
     }
     #[inline(always)]
     unsafe fn dot_codes(self, w: Self, x: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_dpbusd_epi32(self.0, w.0, x.0) })
     }
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_dpbusd_epi32(self.0, w.0, x.0) })
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_add_epi32(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Avx512 {
+        // SAFETY: the trait's contract.
         Avx512(unsafe { _mm512_castsi512_ps(self.0) })
     }
     #[inline(always)]
     unsafe fn nearest(v: Avx512) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_cvtps_epi32(v.0) })
     }
     #[inline(always)]
     unsafe fn binade(v: Avx512) -> Avx512 {
+        // SAFETY: the trait's contract.
         Avx512(unsafe { _mm512_and_ps(v.0, _mm512_castsi512_ps(_mm512_set1_epi32(0x7F80_0000))) })
     }
     #[inline(always)]
     unsafe fn max_magnitude(p: *const f32) -> u32 {
+        // SAFETY: the trait's contract.
         unsafe {
             let mask = _mm512_set1_epi32(i32::MAX);
             let a = _mm512_and_si512(_mm512_loadu_si512(p.cast()), mask);
@@ -120,14 +137,17 @@ impl Dot for Avx512Vnni {
     }
     #[inline(always)]
     unsafe fn sum(self, b: Self) -> i32 {
+        // SAFETY: the trait's contract.
         unsafe { _mm512_reduce_add_epi32(_mm512_add_epi32(self.0, b.0)) }
     }
     #[inline(always)]
     unsafe fn upper_byte(self) -> Self {
+        // SAFETY: the trait's contract.
         Self(unsafe { _mm512_srai_epi32::<8>(_mm512_add_epi32(self.0, _mm512_set1_epi32(128))) })
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut i8) {
+        // SAFETY: the trait's contract.
         unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(self.0)) }
     }
 }
@@ -165,8 +185,10 @@ impl Multiply256 for Pairs {
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn run<W: DotWork>(work: W) -> W::Output {
+            // SAFETY: the trait's contract.
             unsafe { work.run::<Dot256<Pairs>>() }
         }
+        // SAFETY: the trait's contract.
         unsafe { run(work) }
     }
 
@@ -175,6 +197,7 @@ impl Multiply256 for Pairs {
     /// -2^15 ..= 2 * 128 * 127.
     #[inline(always)]
     unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the trait's contract.
         unsafe {
             let pairs = _mm256_maddubs_epi16(w, x);
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
@@ -184,6 +207,7 @@ impl Multiply256 for Pairs {
     /// Signed by signed bytes, in 16-bit halves: even bytes, then odd ones.
     #[inline(always)]
     unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the trait's contract.
         unsafe {
             let (low_w, low_x) = (_mm256_slli_epi16::<8>(w), _mm256_slli_epi16::<8>(x));
             let evens = _mm256_madd_epi16(_mm256_srai_epi16::<8>(low_w), _mm256_srai_epi16::<8>(low_x));
@@ -206,16 +230,20 @@ impl Multiply256 for Vnni {
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
         #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
         unsafe fn run<W: DotWork>(work: W) -> W::Output {
+            // SAFETY: the trait's contract.
             unsafe { work.run::<Dot256<Vnni>>() }
         }
+        // SAFETY: the trait's contract.
         unsafe { run(work) }
     }
     #[inline(always)]
     unsafe fn dot_codes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the trait's contract.
         unsafe { _mm256_dpbusd_avx_epi32(sum, w, x) }
     }
     #[inline(always)]
     unsafe fn dot_bytes(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the trait's contract.
         unsafe { _mm256_dpbusd_avx_epi32(sum, w, x) }
     }
 }
@@ -236,6 +264,7 @@ impl<M> Dot256<M> {
         upper: __m256i,
         table: (__m256i, __m256i),
     ) -> __m256i {
+        // SAFETY: the caller's conditions.
         unsafe {
             let low = if HIGH { _mm256_srli_epi16::<4>(low) } else { low };
             let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
@@ -260,12 +289,14 @@ impl<M> Dot256<M> {
     #[inline(always)]
     unsafe fn fold(a: __m256i, b: __m256i) -> [i32; 8] {
         let mut lanes = [0; 8];
+        // SAFETY: the caller's conditions.
         unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), _mm256_add_epi32(a, b)) };
         lanes
     }
 
     #[inline(always)]
     unsafe fn low_bytes(v: __m256i) -> __m128i {
+        // SAFETY: the caller's conditions.
         unsafe {
             let bytes = _mm256_shuffle_epi8(
                 v,
@@ -287,23 +318,28 @@ impl<M: Multiply256> Dot for Dot256<M> {
 
     #[inline(always)]
     unsafe fn prefetch<const FAR: bool>(p: *const u8) {
+        // SAFETY: the trait's contract.
         unsafe { prefetch::<FAR>(p) }
     }
     #[inline(always)]
     unsafe fn outlined<W: DotWork>(work: W) -> W::Output {
+        // SAFETY: the trait's contract.
         unsafe { M::outlined(work) }
     }
     #[inline(always)]
     unsafe fn splat(v: i32) -> Self {
+        // SAFETY: the trait's contract.
         let v = unsafe { _mm256_set1_epi32(v) };
         Self::new(v, v)
     }
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::new(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut u8) {
+        // SAFETY: the trait's contract.
         unsafe {
             _mm256_storeu_si256(p.cast(), self.0);
             _mm256_storeu_si256(p.add(32).cast(), self.1);
@@ -311,6 +347,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn table(bytes: &[u8; 64]) -> Self::Table {
+        // SAFETY: the trait's contract.
         unsafe {
             let [lower, upper, ..] = bytes.as_chunks::<16>().0 else { unreachable!("64 bytes") };
             (
@@ -321,6 +358,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn nibbles<const HIGH: bool>(self, table: Self::Table) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             let (a, b) = if HIGH {
                 (_mm256_srli_epi16::<4>(self.0), _mm256_srli_epi16::<4>(self.1))
@@ -336,6 +374,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn sextets<const HIGH: bool, const PAIR: u32>(self, upper: Self, table: Self::Table) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             Self::new(
                 Self::sextet::<HIGH, PAIR>(self.0, upper.0, table),
@@ -345,31 +384,39 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn raised_bytes(self) -> Self {
+        // SAFETY: the trait's contract.
         let flip = unsafe { _mm256_set1_epi8(M::FLIP) };
+        // SAFETY: the trait's contract.
         unsafe { Self::new(_mm256_xor_si256(self.0, flip), _mm256_xor_si256(self.1, flip)) }
     }
     #[inline(always)]
     unsafe fn dot_codes(self, w: Self, x: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::new(M::dot_codes(self.0, w.0, x.0), M::dot_codes(self.1, w.1, x.1)) }
     }
     #[inline(always)]
     unsafe fn dot_bytes(self, w: Self, x: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::new(M::dot_bytes(self.0, w.0, x.0), M::dot_bytes(self.1, w.1, x.1)) }
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::new(_mm256_add_epi32(self.0, b.0), _mm256_add_epi32(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn as_floats(self) -> Avx2 {
+        // SAFETY: the trait's contract.
         unsafe { Avx2(_mm256_castsi256_ps(self.0), _mm256_castsi256_ps(self.1)) }
     }
     #[inline(always)]
     unsafe fn nearest(v: Avx2) -> Self {
+        // SAFETY: the trait's contract.
         unsafe { Self::new(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1)) }
     }
     #[inline(always)]
     unsafe fn binade(v: Avx2) -> Avx2 {
+        // SAFETY: the trait's contract.
         unsafe {
             let mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F80_0000));
             Avx2(_mm256_and_ps(v.0, mask), _mm256_and_ps(v.1, mask))
@@ -377,6 +424,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn max_magnitude(p: *const f32) -> u32 {
+        // SAFETY: the trait's contract.
         unsafe {
             let (a, b) = (Self::load(p.cast()), Self::load(p.add(16).cast()));
             let mask = _mm256_set1_epi32(i32::MAX);
@@ -390,6 +438,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn sum(self, b: Self) -> i32 {
+        // SAFETY: the trait's contract.
         unsafe {
             let (a, b) = (Self::fold(self.0, self.1), Self::fold(b.0, b.1));
             a.into_iter().chain(b).sum()
@@ -397,6 +446,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn upper_byte(self) -> Self {
+        // SAFETY: the trait's contract.
         unsafe {
             let half = _mm256_set1_epi32(128);
             Self::new(
@@ -407,6 +457,7 @@ impl<M: Multiply256> Dot for Dot256<M> {
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut i8) {
+        // SAFETY: the trait's contract.
         unsafe {
             _mm_storeu_si128(p.cast(), _mm_unpacklo_epi64(Self::low_bytes(self.0), Self::low_bytes(self.1)));
         }
