@@ -8,6 +8,7 @@
 
 mod synthetic;
 
+use std::iter::once;
 use std::time::Instant;
 
 use kernels::mx::Scheme;
@@ -164,7 +165,7 @@ impl<'a> Step<'a> {
     fn layer(&mut self, layer: &Layer, index: usize, parts: &[Part]) {
         let Self { gpu, rows, sequences, context, .. } = *self;
         let has = |part| parts.contains(&part);
-        let form = |weight| gpu.input_form(&[weight], rows);
+        let form = |weight| gpu.input_form(&mut once(weight), rows);
         let norm = |step: &mut Self, form| {
             gpu.add_rms_norm(
                 &step.delta,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount};
 use crate::error::Result;
 use crate::graph::Graph;
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, MxTensor, Rotation, ScaleRounding, Scheme};
 use crate::weight::Weight;
@@ -340,7 +340,7 @@ pub trait Backend {
 
     /// The form in which `rows` rows of activations are best left for products with all of `weights`. An operator that is
     /// given it leaves them so if it can: [`Buffer::form`] says what it did.
-    fn input_form(&self, _weights: &[&Weight], _rows: usize) -> InputForm {
+    fn input_form(&self, _weights: &mut dyn Iterator<Item = &Weight>, _rows: usize) -> InputForm {
         InputForm::Plain
     }
 

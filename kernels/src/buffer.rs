@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cpu::AlignedBytes;
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 
 /// Element type of a [`Buffer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -102,8 +102,7 @@ impl Linear {
 
     /// The form in which its input is best left.
     pub(crate) fn input_form(&self, backend: &dyn Backend, rows: usize) -> InputForm {
-        let weights: Vec<&Weight> = self.parts.iter().map(|part| &part.weight).collect();
-        backend.input_form(&weights, rows)
+        backend.input_form(&mut self.parts.iter().map(|part| &part.weight), rows)
     }
 
     /// The stacks.

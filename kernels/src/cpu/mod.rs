@@ -32,7 +32,7 @@ use crate::backend::{
 };
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 use crate::isa::Isa;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::Scheme;

@@ -23,7 +23,7 @@ use crate::backend::{
 use crate::buffer::{Buffer, Component, Dtype, MemoryAccount, Storage};
 use crate::error::{Error, Result};
 use crate::graph::GraphKind;
-use crate::input::{InputForm, Preparation};
+use crate::input_form::{InputForm, Preparation};
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::{Cast, Scheme};
 use crate::tile::{RowOrder, TileFormat, TileLayout};
@@ -65,10 +65,11 @@ impl CudaBackend {
             staging: Staging::new(&context)?,
             readback: PinnedBuffer::new(&context, READBACK_BYTES)?,
         };
+        let linear = LinearOperator::new(&context, &memory, strict)?;
         Ok(Self {
-            linear: LinearOperator::new(&context, &memory, strict)?,
             embed: EmbedOperator::new(&context),
-            norm: NormOperator::new(&context),
+            norm: NormOperator::new(&context, linear.inexact()),
+            linear,
             rope: RopeOperator::new(&context),
             attention: AttentionOperator::new(&context, &memory),
             rows: RowOperator::new(&context),
@@ -279,9 +280,8 @@ impl Backend for CudaBackend {
         self.rows.gather_rows(x, indices, rows, width, out);
     }
 
-    fn input_form(&self, weights: &[&Weight], rows: usize) -> InputForm {
-        let weights = weights.iter().map(|weight| (tiled(weight), Preparation::of(weight.scheme)));
-        self.linear.input_form(weights, rows)
+    fn input_form(&self, weights: &mut dyn Iterator<Item = &Weight>, rows: usize) -> InputForm {
+        self.linear.input_form(weights.map(|weight| (tiled(weight), Preparation::of(weight.scheme))), rows)
     }
 
     fn rms_norm(
@@ -293,7 +293,7 @@ impl Backend for CudaBackend {
         form: InputForm,
         out: &mut Buffer,
     ) {
-        self.norm.rms_norm(x, weight, eps, rows, form, &self.linear, out);
+        self.norm.rms_norm(x, weight, eps, rows, form, out);
     }
 
     fn add_rms_norm(
@@ -306,7 +306,7 @@ impl Backend for CudaBackend {
         form: InputForm,
         out: &mut Buffer,
     ) {
-        self.norm.add_rms_norm(delta, residual, weight, eps, rows, form, &self.linear, out);
+        self.norm.add_rms_norm(delta, residual, weight, eps, rows, form, out);
     }
 
     fn linear(

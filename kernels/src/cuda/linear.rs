@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::DevicePtr;
 use super::context::Context;
-use super::gemm::{DecodeGemm, FormArgument, MxGrid, Prefill, Product};
+use super::gemm::{DecodeGemm, MxGrid, Prefill, Product};
 use super::ops::{input_address, output_address};
 use super::weight::TiledWeight;
 use crate::backend::LinearKernel;
 use crate::buffer::{Buffer, Dtype, MemoryAccount};
 use crate::error::Result;
-use crate::input::{InputForm, Preparation};
+use crate::input_form::{InputForm, Preparation};
 use crate::mx::{Block, Scheme};
 
 /// Most rows that one pass over the weights serves: beyond, a second pass takes longer than blocks of 64 rows do.
@@ -68,9 +68,9 @@ impl LinearOperator {
         if forms.all(|form| form == first) { first } else { InputForm::Plain }
     }
 
-    /// How a kernel is told to leave `elements` activations at `out` in `form`.
-    pub(crate) fn form_argument(&self, form: InputForm, out: DevicePtr, elements: usize) -> FormArgument {
-        FormArgument::new(form, out, elements, self.prefill.inexact())
+    /// The U32 that counts rows which E4M3 had to round, as long as this lives.
+    pub(crate) fn inexact(&self) -> DevicePtr {
+        self.prefill.inexact()
     }
 
     /// `out[m, column + n] = sum_k act(x[m])[k] * weight[n, k] + bias[n]`; see [`Backend`](crate::Backend::linear).

@@ -1,5 +1,6 @@
 //! Operators that leave activations as products take them, against products that prepare them on their own: to the bit.
 
+use std::iter::once;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use kernels::mx::{Cast, ElementType, MxFormat, Rotation};
@@ -81,7 +82,7 @@ fn norms_leave_rows_as_products_take_them() {
                 gpu.write_f32(&mut delta, 0, &activations(&mut random, rows, k));
                 let mut norm = alloc(Dtype::F32, k);
                 gpu.write_f32(&mut norm, 0, &random.normals(k));
-                let form = gpu.input_form(&[&weight], rows);
+                let form = gpu.input_form(&mut once(&weight), rows);
                 seen.add(form);
                 let results = [InputForm::Plain, form].map(|form| {
                     let mut out = alloc(Dtype::Bf16, rows * k);
@@ -121,7 +122,7 @@ fn gated_products_leave_rows_as_products_take_them() {
                 let alloc = |len| gpu.alloc(Dtype::Bf16, len, Component::Workspace).unwrap();
                 let mut x = alloc(rows * k);
                 gpu.write_f32(&mut x, 0, &random.normals(rows * k));
-                let form = gpu.input_form(&[&down], rows);
+                let form = gpu.input_form(&mut once(&down), rows);
                 let [plain, left] = [InputForm::Plain, form].map(|form| {
                     let (mut scratch, mut out) = (alloc(0), alloc(rows * half));
                     gpu.write_f32(&mut out, 0, &vec![f32::NAN; rows * half]);
@@ -149,7 +150,7 @@ fn other_products_do_not_take_what_was_left_for_one() {
     gpu.write_f32(&mut norm, 0, &[1.0; 64]);
     let mut out = gpu.alloc(Dtype::Bf16, 128, Component::Workspace).unwrap();
     gpu.write_f32(&mut x, 0, &[1.0; 128]);
-    gpu.rms_norm(&x, &norm, 1e-5, 2, gpu.input_form(&[&first], 2), &mut out);
+    gpu.rms_norm(&x, &norm, 1e-5, 2, gpu.input_form(&mut once(&first), 2), &mut out);
     let multiplied = catch_unwind(AssertUnwindSafe(|| multiply(&*gpu, &out, 2, &second, Dtype::F32)));
     assert!(multiplied.is_err(), "wrong numbers would come of it");
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backend::KV_BLOCK_TOKENS;
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 
 #[test]
 fn a_kv_block_takes_the_bytes_it_says() {

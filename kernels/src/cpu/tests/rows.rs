@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cpu::sampling::exp_of;
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 
 #[test]
 fn row_operators_equal_their_definition() {

@@ -12,7 +12,7 @@ pub(crate) use self::quantize::{FormArgument, MxGrid, PreparationArgument};
 
 use super::DevicePtr;
 use crate::buffer::Dtype;
-use crate::input::{InputForm, Preparation};
+use crate::input_form::{InputForm, Preparation};
 
 /// `out[m, column + n] = sum_k x[m, k] * weight[n, k] + bias[n]`.
 #[derive(Debug, Clone, Copy)]

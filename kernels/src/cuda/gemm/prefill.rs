@@ -13,13 +13,15 @@ use cudarc::driver::sys;
 
 use super::Product;
 use super::plan::{EXPANDED_ROWS, MOST_RESULT_BYTES, Operand, Plan, TOKENS};
-use super::quantize::{MOST_COLUMNS, PreparationArgument, Quantizer, e4m3_factors, is_within_e4m3};
+use super::quantize::{
+    MOST_COLUMNS, PreparationArgument, Quantizer, e4m3_bytes, e4m3_factors, is_within_e4m3,
+};
 use super::tensor_map::tensor_map;
 use crate::buffer::{Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::memory::Scratch;
 use crate::cuda::{Argument, Context, DeviceBuffer, DevicePtr, Function, Launch, TiledWeight};
 use crate::error::Result;
-use crate::input::{InputForm, Preparation};
+use crate::input_form::{InputForm, Preparation};
 use crate::mx::Cast;
 use crate::tile::{RowOrder, TILE_COLS, TILE_ROWS, TileFormat};
 
@@ -189,7 +191,7 @@ impl Prefill {
                 (unsafe { self.prepare(preparation, product.x, shape) }, 0)
             }
             (Operand::E4m3, InputForm::Plain, Some(Preparation { is_rotated, activation: Some(cast) })) => {
-                let bytes = elements.next_multiple_of(256) + product.rows * size_of::<f32>();
+                let bytes = e4m3_bytes(elements, product.rows);
                 let values = self.activations.borrow_mut().reserve(bytes);
                 let factors = e4m3_factors(values, elements);
                 let (context, x, inexact) = (&self.context, product.x, self.inexact.ptr());

@@ -1,7 +1,7 @@
 //! Activation formats on the device: launcher of `cuda/gemm/quantize.cu`.
 
 use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
-use crate::input::{InputForm, Preparation};
+use crate::input_form::{InputForm, Preparation};
 use crate::mx::{Block, Cast, ElementType, ScaleRounding, SharedExponent, Specials};
 
 /// Threads of `quantize_to_bf16`.
@@ -130,6 +130,11 @@ impl FormArgument {
 /// as rows are of a block or more.
 pub(super) fn e4m3_factors(values: DevicePtr, elements: usize) -> DevicePtr {
     values + elements.next_multiple_of(Block::OCP.size()) as u64
+}
+
+/// Bytes of `elements` E4M3 numbers and the factors of their `rows` rows.
+pub(super) fn e4m3_bytes(elements: usize, rows: usize) -> usize {
+    e4m3_factors(0, elements) as usize + rows * size_of::<f32>()
 }
 
 /// The kernels of `cuda/gemm/quantize.cu`; of two, the second rotates.

@@ -12,7 +12,7 @@ use crate::cuda::gemm::PreparationArgument;
 use crate::cuda::launch::Argument;
 use crate::cuda::{Context, DeviceBuffer, DevicePtr, Function, Launch};
 use crate::error::Result;
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 use crate::kv_cache_dtype::KvCacheDtype;
 use crate::mx::Block;
 

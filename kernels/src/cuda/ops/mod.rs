@@ -18,7 +18,7 @@ pub(crate) use self::sampling::{LogprobsOperator, SampleOperator};
 
 use super::DevicePtr;
 use crate::buffer::{Buffer, Dtype, Storage};
-use crate::input::InputForm;
+use crate::input_form::InputForm;
 
 /// Threads of a warp.
 const WARP: usize = 32;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{WARP, address, int, output_address};
 use crate::buffer::{Buffer, Dtype};
-use crate::cuda::linear::LinearOperator;
-use crate::cuda::{Argument, Context, Function, Launch};
-use crate::input::InputForm;
+use crate::cuda::gemm::FormArgument;
+use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
+use crate::input_form::InputForm;
 
 /// Elements that a thread handles at a time.
 const VECTOR: usize = 8;
@@ -24,10 +24,13 @@ pub(crate) struct NormOperator {
     /// [F32, BF16] x [one vector per thread, four].
     norm: [[Function; 2]; 2],
     add_norm: [[Function; 2]; 2],
+    /// U32: rows that E4M3 had to round.
+    inexact: DevicePtr,
 }
 
 impl NormOperator {
-    pub(crate) fn new(context: &Arc<Context>) -> Self {
+    /// `inexact` counts rows that E4M3 had to round, as long as this lives.
+    pub(crate) fn new(context: &Arc<Context>, inexact: DevicePtr) -> Self {
         let resolve =
             |names: [[&'static str; 2]; 2]| names.map(|pair| pair.map(|name| context.function(name)));
         Self {
@@ -40,12 +43,12 @@ impl NormOperator {
                 ["ops_add_rms_norm_bf16_1", "ops_add_rms_norm_bf16_4"],
             ]),
             context: Arc::clone(context),
+            inexact,
         }
     }
 
     /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * weight`; `x` F32 or BF16, `weight` F32 `[width]`, `out` BF16, left in
-    /// `form`, which `linear` knows.
-    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
+    /// `form`.
     pub(crate) fn rms_norm(
         &self,
         x: &Buffer,
@@ -53,18 +56,10 @@ impl NormOperator {
         eps: f32,
         rows: usize,
         form: InputForm,
-        linear: &LinearOperator,
         out: &mut Buffer,
     ) {
-        let width = weight.len();
-        let Some((kernel, launch)) = pick(&self.norm, x.dtype(), rows, width) else { return };
-        let x = address(x, x.dtype(), rows * width);
-        let weight = address(weight, Dtype::F32, width);
-        let to = output_address(out, Dtype::Bf16, rows * width);
-        let argument = linear.form_argument(form, to, rows * width);
-        // SAFETY: every buffer has the elements that `rows` rows of `width` take, as checked above.
-        unsafe { self.context.launch(kernel, &launch, &[&x, &weight, &to, &int(width), &eps, &argument]) };
-        out.set_form(form);
+        // SAFETY: these are the kernels without `delta`.
+        unsafe { self.launch(&self.norm, None, x, weight, eps, rows, form, out) };
     }
 
     /// `residual[m] += delta[m]`, then the norm of the residual into `out`; `residual` F32 or BF16, `delta` BF16.
@@ -77,22 +72,41 @@ impl NormOperator {
         eps: f32,
         rows: usize,
         form: InputForm,
-        linear: &LinearOperator,
+        out: &mut Buffer,
+    ) {
+        // SAFETY: these are the kernels with `delta`; nobody else has the residual.
+        unsafe { self.launch(&self.add_norm, Some(delta), residual, weight, eps, rows, form, out) };
+    }
+
+    /// Launches the one of `kernels` that is for rows as long.
+    ///
+    /// # Safety
+    /// They take `delta`, and add it to `x`, if there is one.
+    #[allow(clippy::too_many_arguments, reason = "one fused kernel")]
+    unsafe fn launch(
+        &self,
+        kernels: &[[Function; 2]; 2],
+        delta: Option<&Buffer>,
+        x: &Buffer,
+        weight: &Buffer,
+        eps: f32,
+        rows: usize,
+        form: InputForm,
         out: &mut Buffer,
     ) {
         let width = weight.len();
-        let Some((kernel, launch)) = pick(&self.add_norm, residual.dtype(), rows, width) else { return };
-        let delta = address(delta, Dtype::Bf16, rows * width);
-        let residual = address(residual, residual.dtype(), rows * width);
+        let Some((kernel, launch)) = pick(kernels, x.dtype(), rows, width) else { return };
+        let delta = delta.map(|delta| address(delta, Dtype::Bf16, rows * width));
+        let x = address(x, x.dtype(), rows * width);
         let weight = address(weight, Dtype::F32, width);
         let to = output_address(out, Dtype::Bf16, rows * width);
-        let argument = linear.form_argument(form, to, rows * width);
-        // SAFETY: as above.
-        unsafe {
-            let arguments: [&dyn Argument; 7] =
-                [&delta, &residual, &weight, &to, &int(width), &eps, &argument];
-            self.context.launch(kernel, &launch, &arguments);
-        }
+        let argument = FormArgument::new(form, to, rows * width, self.inexact);
+        let arguments: [&dyn Argument; 7] =
+            [&delta.unwrap_or_default(), &x, &weight, &to, &int(width), &eps, &argument];
+        let arguments = if delta.is_some() { &arguments[..] } else { &arguments[1..] };
+        // SAFETY: every buffer has the elements that `rows` rows of `width` take, as checked above; the rest is the caller's
+        // promise.
+        unsafe { self.context.launch(kernel, &launch, arguments) };
         out.set_form(form);
     }
 }

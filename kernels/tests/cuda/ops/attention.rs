@@ -1,5 +1,7 @@
 //! RoPE, the cache, and attention over it.
 
+use std::iter::once;
+
 use kernels::{
     AttentionInputs, Backend, Buffer, Dtype, HeadNorm, Heads, InputForm, KV_BLOCK_TOKENS, KvCacheDtype,
     PagedKv,
@@ -300,7 +302,7 @@ fn results_are_left_as_products_take_them() {
                 declaring(&*gpu, heads.q_width()).iter().zip(steps.iter().cycle()).enumerate()
             {
                 let rows = parts.iter().map(|part| part.to - part.from).sum();
-                let form = gpu.input_form(&[weight], rows);
+                let form = gpu.input_form(&mut once(weight), rows);
                 let mut to = |form| sequences.step_to(&*gpu, &mut cache, parts, None, form);
                 let (plain, left) = (to(InputForm::Plain), to(form));
                 let can = heads.dim % 32 == 0 && matches!(form, InputForm::Prepared(_));
