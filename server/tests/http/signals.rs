@@ -29,7 +29,8 @@ fn sigterm_under_load_lets_every_accepted_request_finish() {
     for (stream, begun) in streams {
         let text = begun + &text_of(stream);
         assert!(text.contains("\"finish_reason\":\"length\"") && text.contains("data: [DONE]"), "{text}");
-        assert!(!text.contains("\"error\""), "{text}");
+        // The key: the model may well say the word.
+        assert!(!text.contains("\"error\":"), "{text}");
     }
     for stream in waiting {
         let text = text_of(stream);
