@@ -237,19 +237,20 @@ struct Prefill {
             const uint2 block = schedule.at(index);
             const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
             const uint32_t tiles = L::first_tile(args.k_tiles, part + 1, args.parts) - first_k;
+            const TokenRange range = tokens_of<TOKENS>(part, args.parts);
             const RowTerms terms(args, first_row(block));
+            const TokenFactors<TOKENS, IS_EXPANDED> token_factors(args, block.y * TOKENS + range.first);
             float acc[TOKENS / 2];
             if constexpr (IS_EXPANDED) {
                 multiply_promoting(at, acc, tiles);
             } else {
                 multiply(at, acc, tiles);
             }
-            TokenRange range{0, TOKENS};
             if (args.parts > 1) {
                 const uint32_t result = index / args.parts * CLUSTER + rank;
-                range = add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
+                add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
             }
-            store<TOKENS>(args, staging, acc, terms, first_row(block), block.y * TOKENS + range.first, range.count);
+            store(args, staging, acc, terms, token_factors, first_row(block), block.y * TOKENS + range.first, range.count);
         }
     }
 
@@ -269,7 +270,7 @@ struct Prefill {
 
         // Multiplies tile `k`, the stage's number `box`, and decodes the one after; after the last, the last again.
         const auto step = [&](const uint32_t (&a)[4][4], uint32_t (&next)[4][4], uint32_t k, uint32_t box) {
-            const uint64_t x = ptx::swizzled_descriptor(x_stages + at.stage * L::X_BYTES + box * L::BOX_BYTES);
+            const uint64_t x = ptx::uniform_descriptor(x_stages + at.stage * L::X_BYTES + box * L::BOX_BYTES);
             const auto run = [&](int j, bool accumulate) {
                 ptx::wgmma_fence();
                 ptx::Wgmma<Operand::Bf16, TOKENS>::run(acc, a[j], x + ptx::descriptor_step(32 * j), accumulate);

@@ -39,11 +39,17 @@ __device__ __forceinline__ void add_slice(const float4* first, float (&acc)[VALU
     }
 }
 
-/// Exchanges `acc`, the sums of part `part` of block `result`, for the sums of all parts (2, 4 or 8) for some tokens of the
-/// block, which are returned: `acc` has them from its start. For all threads of the GROUPS warpgroups that multiply.
+/// The tokens of a block whose results are written where part `part` is computed.
+template <int TOKENS>
+__device__ __forceinline__ TokenRange tokens_of(uint32_t part, uint32_t parts) {
+    return {part * (TOKENS / parts), TOKENS / parts};
+}
+
+/// Exchanges `acc`, the sums of part `part` of block `result`, for the sums of all parts (2, 4 or 8) for `tokens_of` the
+/// part: `acc` has them from its start. For all threads of the GROUPS warpgroups that multiply.
 template <int TOKENS, int GROUPS>
-__device__ __forceinline__ TokenRange add_parts(const PrefillArgs& args, float (&acc)[TOKENS / 2], uint32_t result,
-                                                uint32_t part, uint32_t barrier) {
+__device__ __forceinline__ void add_parts(const PrefillArgs& args, float (&acc)[TOKENS / 2], uint32_t result, uint32_t part,
+                                          uint32_t barrier) {
     constexpr int EIGHTS = TOKENS / 8, COUNT = 128 * GROUPS;
     const uint32_t thread = threadIdx.x - 128, parts = args.parts;
     // A thread has four results of every eight tokens.
@@ -67,7 +73,6 @@ __device__ __forceinline__ TokenRange add_parts(const PrefillArgs& args, float (
     }
     ptx::named_barrier(barrier, COUNT);
     if (thread == 0) leave_parts(args.arrivals + result, parts);
-    return {part * eights * 8, eights * 8};
 }
 
 }  // namespace gemm

@@ -23,7 +23,7 @@ struct PrefillArgs {
     const uint8_t* tiles;
     /// Factor of each row of W, in the order of tiles.
     const float* row_factors;
-    /// Factor of each token, `[M]`; null for 1.
+    /// Factor of each token, `[M]`, of E4M3 x; BF16 has none.
     const float* token_factors;
     /// `[N]` or null.
     const float* bias;
@@ -174,11 +174,39 @@ struct RowTerms {
     }
 };
 
+/// What the results of TOKENS tokens are multiplied by, or nothing: lane l of every warp has the factors of tokens l, l + 32
+/// and so on. To be asked for as early as RowTerms.
+template <int TOKENS, bool IS_SCALED>
+struct TokenFactors {
+    float factors[IS_SCALED ? TOKENS / 32 : 1];
+
+    /// Those of tokens `first` and on.
+    __device__ __forceinline__ TokenFactors(const PrefillArgs& args, uint32_t first) : factors{} {
+        if constexpr (IS_SCALED) {
+#pragma unroll
+            for (int i = 0; i < TOKENS / 32; ++i) {
+                const uint32_t token = first + 32 * i + threadIdx.x % 32;
+                if (token < args.m) factors[i] = args.token_factors[token];
+            }
+        }
+    }
+
+    /// The factors of tokens 8 `eight` + 2 (lane % 4) and the next: of the two columns that a lane has of each eight. For
+    /// all lanes.
+    __device__ __forceinline__ float2 of(int eight) const {
+        if constexpr (!IS_SCALED) return make_float2(1.0f, 1.0f);
+        const float factor = factors[IS_SCALED ? eight / 4 : 0];
+        const uint32_t lane = eight % 4 * 8 + threadIdx.x % 4 * 2;
+        return make_float2(__shfl_sync(0xFFFFFFFFu, factor, lane), __shfl_sync(0xFFFFFFFFu, factor, lane + 1));
+    }
+};
+
 /// Scales and writes `tokens` tokens of a block, from `block_token` on, of which each warpgroup has 64 rows. `acc` is as
 /// wgmma leaves it: see ptx/wgmma.cuh. `staging` is the shared address of STAGING_BYTES for each warpgroup.
-template <int TOKENS>
+template <int TOKENS, bool IS_SCALED>
 __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging, const float (&acc)[TOKENS / 2],
-                                      const RowTerms& terms, uint32_t block_row, uint32_t block_token, uint32_t tokens) {
+                                      const RowTerms& terms, const TokenFactors<TOKENS, IS_SCALED>& token_factors,
+                                      uint32_t block_row, uint32_t block_token, uint32_t tokens) {
     const uint32_t thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, warp = thread / 32, lane = thread % 32;
     const uint32_t group_tile = block_row / TILE_ROWS + group * 4;
     if (group_tile >= args.row_tiles) return;
@@ -192,14 +220,7 @@ __device__ __forceinline__ void store(const PrefillArgs& args, uint32_t staging,
         const auto is_written = [&](uint32_t token) { return token < end; };
         float2 by[STAGED_TOKENS / 8];
 #pragma unroll
-        for (int j = 0; j < STAGED_TOKENS / 8; ++j) {
-            const uint32_t token = chunk_token + 8 * j + lane % 4 * 2;
-            by[j] = make_float2(1.0f, 1.0f);
-            if (args.token_factors != nullptr) {
-                if (token < args.m) by[j].x = args.token_factors[token];
-                if (token + 1 < args.m) by[j].y = args.token_factors[token + 1];
-            }
-        }
+        for (int j = 0; j < STAGED_TOKENS / 8; ++j) by[j] = token_factors.of(first / 8 + j);
         const auto value = [&](int j, int h, int i) {
             return acc[first / 2 + 4 * j + 2 * h + i] * factor[h] * (i == 0 ? by[j].x : by[j].y) + terms.bias[h];
         };

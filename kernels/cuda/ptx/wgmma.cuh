@@ -21,6 +21,12 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t shared) {
     return (SWIZZLE_128B << 62) | (ATOM_STRIDE << 32) | (uint64_t(1) << 16) | ((shared >> 4) & 0x3FFF);
 }
 
+/// The same, for a warp whose lanes all have the same address. An instruction takes descriptors from registers that all
+/// lanes share; what comes from a shuffle goes there once, instead of anew before each of the instructions.
+__device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared) {
+    return swizzled_descriptor(__shfl_sync(0xFFFFFFFFu, shared, 0));
+}
+
 /// What to add to a descriptor to move by `bytes` (a multiple of 16).
 __host__ __device__ constexpr uint64_t descriptor_step(uint32_t bytes) { return bytes >> 4; }
 
