@@ -5,7 +5,7 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Config, Llama, LlamaEosToks};
 use kernels::{Device, KvCacheDtype};
 use models::checkpoint::Checkpoint;
-use models::{KvCache, StepInputs, StepSequence, Workspace};
+use models::{KvCache, OutputRows, StepInputs, StepSequence, Workspace};
 
 use crate::common::{heldout_windows, rustdoc};
 
@@ -47,9 +47,10 @@ fn our_logits(tokens: &[u32]) -> Vec<f32> {
     let mut step = StepInputs::new(&*backend, 256, 1, 16).expect("memory");
     let mut kv = KvCache::new(&*backend, config, 16, KvCacheDtype::F32).expect("memory");
     let mut workspace = Workspace::new(&*backend, &*model, 256, 1).expect("memory");
-    step.fill(&*backend, &[StepSequence { tokens, first_position: 0, block_table: &blocks }]);
+    let sequence = StepSequence { tokens, first_position: 0, block_table: &blocks };
+    step.fill(&*backend, &[sequence], OutputRows::Only(&[tokens.len() as u32 - 1]));
     model.forward(&*backend, &step, &mut kv, &mut workspace);
-    model.logits(&*backend, &[tokens.len() as u32 - 1], &mut workspace);
+    model.logits(&*backend, &[0], &mut workspace);
     let mut logits = vec![0.0; config.vocab_size];
     backend.read_f32(workspace.logits(), 0, &mut logits);
     logits

@@ -171,6 +171,7 @@ impl Model for Decoder {
         let rows = step.rows();
         backend.embed(&self.embed, &step.tokens, rows, &mut ws.residual);
         backend.rope_table(&step.positions, &self.inv_freq, self.config.rope.factor, rows, &mut ws.rope);
+        let mut outputs = rows;
         for (index, (layer, cache)) in self.layers.iter().zip(kv.layers_mut()).enumerate() {
             let form = layer.attention.qkv.input_form(backend, rows);
             if index == 0 {
@@ -178,12 +179,25 @@ impl Model for Decoder {
             } else {
                 layer.input_norm.add_forward(backend, rows, form, ws);
             }
-            layer.forward(backend, step, cache, ws, &mut |linear, x| {
+            let mut observe = |linear: &Linear, x: &Buffer| {
                 observer.linear_input(index, &mut linear.module_names(), x, linear.cols());
-            });
+            };
+            match step.output_rows().filter(|_| index + 1 == self.layers.len()) {
+                None => layer.forward(backend, step, cache, ws, &mut observe),
+                Some(some) => {
+                    layer.forward_outputs(backend, step, some, cache, ws, &mut observe);
+                    outputs = some.1;
+                }
+            }
+        }
+        if outputs == 0 {
+            return;
         }
         // Heads multiply some of the rows, whatever these are.
-        self.norm.add_forward(backend, rows, InputForm::Plain, ws);
+        self.norm.add_forward(backend, outputs, InputForm::Plain, ws);
+        if step.output_rows().is_some() {
+            ws.exchange_outputs();
+        }
     }
 
     fn logits(&self, backend: &dyn Backend, rows: &[u32], ws: &mut Workspace) {

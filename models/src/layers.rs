@@ -237,14 +237,6 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    /// From `ws.normed` to `ws.delta`.
-    fn forward(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
-        let rows = step.rows();
-        self.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
-        self.attend(backend, step, cache, self.output.input_form(backend, rows), ws);
-        self.output.forward(backend, &ws.attention, rows, &mut ws.delta);
-    }
-
     /// From `ws.qkv` to `ws.attention`, left in `form`.
     pub(crate) fn attend(
         &self,
@@ -254,12 +246,16 @@ impl Attention {
         form: InputForm,
         ws: &mut Workspace,
     ) {
-        let (rows, heads) = (step.rows(), self.heads);
-        let norm = self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
-        backend.rope_and_cache(&mut ws.qkv, heads, &ws.rope, norm, &step.slots, rows, cache);
+        self.cache(backend, step, cache, ws);
+        let (heads, inputs) = (self.heads, step.attention());
         let scale = (heads.dim as f32).sqrt().recip();
-        let inputs = step.attention();
         backend.paged_attention(&ws.qkv, heads, scale, self.window, &inputs, cache, form, &mut ws.attention);
+    }
+
+    /// Writes the keys and values of `ws.qkv` to `cache`, and rotates its queries.
+    fn cache(&self, backend: &dyn Backend, step: &StepInputs, cache: &mut PagedKv, ws: &mut Workspace) {
+        let norm = self.qk_norm.as_ref().map(|[q, k]| HeadNorm { q: &q.weight, k: &k.weight, eps: q.eps });
+        backend.rope_and_cache(&mut ws.qkv, self.heads, &ws.rope, norm, &step.slots, step.rows(), cache);
     }
 }
 
@@ -300,25 +296,63 @@ pub(crate) struct DecoderLayer {
     pub(crate) mlp: GatedMlp,
 }
 
+/// Sees each group of linear modules with its input, `[rows, K]`, in the form in which it was left.
+pub(crate) type Observe<'a> = dyn FnMut(&Linear, &Buffer) + 'a;
+
 impl DecoderLayer {
     /// From `ws.normed`, the result of `input_norm`, to `ws.delta`. Adding it to the residual stream is left to the
-    /// norm that comes next, so that both are one pass. `observe` sees each group of linear modules with its input,
-    /// `[rows, K]`, in the form in which it was left.
+    /// norm that comes next, so that both are one pass.
     pub(crate) fn forward(
         &self,
         backend: &dyn Backend,
         step: &StepInputs,
         cache: &mut PagedKv,
         ws: &mut Workspace,
-        observe: &mut dyn FnMut(&Linear, &Buffer),
+        observe: &mut Observe<'_>,
     ) {
+        let rows = step.rows();
+        self.project(backend, rows, ws, observe);
+        self.attention.attend(backend, step, cache, self.attention.output.input_form(backend, rows), ws);
+        self.finish(backend, rows, ws, observe);
+    }
+
+    /// As [`forward`](Self::forward), in the last layer of a step with [`OutputRows::Only`](crate::OutputRows) some rows:
+    /// from attention on, the others are left out. `ws.delta` and the residual stream then have `outputs` alone, those
+    /// of [`StepInputs::output_rows`], until [`Workspace::exchange_outputs`]; if these are none, nothing.
+    pub(crate) fn forward_outputs(
+        &self,
+        backend: &dyn Backend,
+        step: &StepInputs,
+        (outputs, count): (&Buffer, usize),
+        cache: &mut PagedKv,
+        ws: &mut Workspace,
+        observe: &mut Observe<'_>,
+    ) {
+        self.project(backend, step.rows(), ws, observe);
+        if count == 0 {
+            self.attention.cache(backend, step, cache, ws);
+            return;
+        }
+        self.attention.attend(backend, step, cache, InputForm::Plain, ws);
+        let hidden = self.post_attention_norm.parameters();
+        ws.gather_outputs(backend, outputs, count, [hidden, self.attention.heads.q_width()]);
+        self.finish(backend, count, ws, observe);
+    }
+
+    /// From `ws.normed` to `ws.qkv`.
+    fn project(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace, observe: &mut Observe<'_>) {
         observe(&self.attention.qkv, &ws.normed);
-        self.attention.forward(backend, step, cache, ws);
+        self.attention.qkv.forward(backend, &ws.normed, rows, &mut ws.qkv);
+    }
+
+    /// From `ws.attention` to `ws.delta`.
+    fn finish(&self, backend: &dyn Backend, rows: usize, ws: &mut Workspace, observe: &mut Observe<'_>) {
+        self.attention.output.forward(backend, &ws.attention, rows, &mut ws.delta);
         observe(&self.attention.output, &ws.attention);
-        let form = self.mlp.gate_up.input_form(backend, step.rows());
-        self.post_attention_norm.add_forward(backend, step.rows(), form, ws);
+        let form = self.mlp.gate_up.input_form(backend, rows);
+        self.post_attention_norm.add_forward(backend, rows, form, ws);
         observe(&self.mlp.gate_up, &ws.normed);
-        self.mlp.forward(backend, step.rows(), ws);
+        self.mlp.forward(backend, rows, ws);
         observe(&self.mlp.down, &ws.activated);
     }
 

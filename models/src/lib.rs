@@ -35,5 +35,5 @@ pub use kv_cache::KvCache;
 pub use model::{LinearInfo, Model, Observer};
 pub use registry::load;
 pub use rope::Rope;
-pub use step::{StepInputs, StepSequence};
+pub use step::{OutputRows, StepInputs, StepSequence};
 pub use workspace::Workspace;

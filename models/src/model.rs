@@ -12,7 +12,10 @@ pub trait Model {
     fn config(&self) -> &ModelConfig;
 
     /// Runs one step over all rows of `step`, writing their keys and values to `kv`, and leaves the final-normed
-    /// hidden states of all rows in `ws`.
+    /// hidden states of its [outputs](crate::OutputRows) in `ws`.
+    ///
+    /// # Panics
+    /// The outputs are some rows, more than `ws.max_logit_rows()`.
     fn forward(&self, backend: &dyn Backend, step: &StepInputs, kv: &mut KvCache, ws: &mut Workspace) {
         self.forward_observed(backend, step, kv, ws, &mut ());
     }
@@ -27,7 +30,7 @@ pub trait Model {
         observer: &mut dyn Observer,
     );
 
-    /// Writes the logits of these `rows` of the last step to `ws.logits()`, `[rows.len(), vocab_size]`.
+    /// Writes the logits of these `rows` of the last step's hidden states to `ws.logits()`, `[rows.len(), vocab_size]`.
     ///
     /// # Panics
     /// `rows` is longer than `ws.max_logit_rows()`.
@@ -49,7 +52,8 @@ pub trait Model {
 /// Looks at the inputs of linear layers while a step runs.
 pub trait Observer {
     /// Before or after the linear modules of decoder layer `layer` whose last name parts are `modules` (`q_proj`,
-    /// `k_proj`, `v_proj`) have read `input`, `[rows of the step or more, cols]`.
+    /// `k_proj`, `v_proj`) have read `input`, `[rows of the step or more, cols]`; behind the attention of the last layer
+    /// it has the step's [outputs](crate::OutputRows) alone.
     fn linear_input(
         &mut self,
         layer: usize,

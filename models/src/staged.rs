@@ -14,7 +14,7 @@ use crate::checkpoint::{CheckpointError, LinearTensor};
 use crate::decoder::{LayerLoader, WeightNames};
 use crate::layers::{DecoderLayer, Linear, Module, RmsNorm, parameter};
 use crate::parameters::{ParameterSource, check_shape};
-use crate::{ModelConfig, ModelError, StepInputs, StepSequence, Workspace, registry};
+use crate::{ModelConfig, ModelError, OutputRows, StepInputs, StepSequence, Workspace, registry};
 
 /// A group of linear modules of a decoder layer that read the same input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -188,7 +188,8 @@ impl<'a> Stager<'a> {
         let table: Vec<u32> = (0..blocks as u32).collect();
         let mut step = StepInputs::new(backend, tokens, 1, blocks)?;
         let ids = vec![0; tokens];
-        step.fill(backend, &[StepSequence { tokens: &ids, first_position: 0, block_table: &table }]);
+        let sequence = StepSequence { tokens: &ids, first_position: 0, block_table: &table };
+        step.fill(backend, &[sequence], OutputRows::All);
         let mut workspace = Workspace::of_sizes(backend, config, true, tokens, LOGIT_ROWS)?;
         let inv_freq = parameter(backend, &config.rope.inv_freq)?;
         backend.rope_table(&step.positions, &inv_freq, config.rope.factor, tokens, &mut workspace.rope);

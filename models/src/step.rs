@@ -13,6 +13,16 @@ pub struct StepSequence<'a> {
     pub block_table: &'a [u32],
 }
 
+/// Rows of a step whose final hidden states are wanted. The others are done when the last layer has their keys and
+/// values.
+#[derive(Debug, Clone, Copy)]
+pub enum OutputRows<'a> {
+    /// Every row.
+    All,
+    /// These, in this order; possibly none.
+    Only(&'a [u32]),
+}
+
 impl StepSequence<'_> {
     /// Blocks of the sequence after the step.
     fn blocks(&self) -> usize {
@@ -27,6 +37,8 @@ pub struct StepInputs {
     rows: usize,
     sequences: usize,
     max_blocks: usize,
+    /// Length of `output_rows`; `None` for all rows.
+    outputs: Option<usize>,
     /// U32 `[max_tokens]`.
     pub(crate) tokens: Buffer,
     /// U32 `[max_tokens]`.
@@ -36,6 +48,8 @@ pub struct StepInputs {
     query_start: Buffer,
     context_lens: Buffer,
     block_tables: Buffer,
+    /// U32 `[max_tokens]`.
+    output_rows: Buffer,
     staging: Staging,
 }
 
@@ -68,12 +82,14 @@ impl StepInputs {
             rows: 0,
             sequences: 0,
             max_blocks,
+            outputs: None,
             tokens: alloc(max_tokens)?,
             positions: alloc(max_tokens)?,
             slots: alloc(max_tokens)?,
             query_start: alloc(max_sequences + 1)?,
             context_lens: alloc(max_sequences)?,
             block_tables: alloc(max_sequences * max_blocks)?,
+            output_rows: alloc(max_tokens)?,
             staging: Staging {
                 tokens: Vec::with_capacity(max_tokens),
                 positions: Vec::with_capacity(max_tokens),
@@ -85,12 +101,12 @@ impl StepInputs {
         })
     }
 
-    /// Describes the next step.
+    /// Describes the next step, whose final hidden states are those of `outputs`.
     ///
     /// # Panics
-    /// A sequence has no tokens, its block table does not cover them, or the sequences exceed the sizes given to
-    /// [`new`](Self::new).
-    pub fn fill(&mut self, backend: &dyn Backend, sequences: &[StepSequence<'_>]) {
+    /// A sequence has no tokens, its block table does not cover them, the sequences exceed the sizes given to
+    /// [`new`](Self::new), or one of `outputs` is no row of the step.
+    pub fn fill(&mut self, backend: &dyn Backend, sequences: &[StepSequence<'_>], outputs: OutputRows<'_>) {
         let max_sequences = self.context_lens.len();
         assert!(
             sequences.len() <= max_sequences,
@@ -102,6 +118,15 @@ impl StepInputs {
         let staging = &self.staging;
         let (rows, max_rows) = (staging.tokens.len(), self.tokens.len());
         assert!(rows <= max_rows, "{rows} tokens in a step of {max_rows}");
+        let output_rows = match outputs {
+            OutputRows::All => &[],
+            OutputRows::Only(rows) => rows,
+        };
+        let outside = output_rows.iter().find(|&&row| row as usize >= rows);
+        assert!(
+            outside.is_none() && output_rows.len() <= rows,
+            "output {outside:?} of a step of {rows} rows"
+        );
         backend.write_inputs(&mut [
             InputWrite::flat(&mut self.tokens, &staging.tokens),
             InputWrite::flat(&mut self.positions, &staging.positions),
@@ -114,7 +139,12 @@ impl StepInputs {
                 width: blocks,
                 stride: self.max_blocks,
             },
+            InputWrite::flat(&mut self.output_rows, output_rows),
         ]);
+        self.outputs = match outputs {
+            OutputRows::All => None,
+            OutputRows::Only(rows) => Some(rows.len()),
+        };
         self.rows = rows;
         self.sequences = sequences.len();
     }
@@ -122,6 +152,11 @@ impl StepInputs {
     /// Rows of the current step: the tokens of all its sequences.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Which rows of the current step have final hidden states, U32, and how many; `None` if all have.
+    pub(crate) fn output_rows(&self) -> Option<(&Buffer, usize)> {
+        self.outputs.map(|count| (&self.output_rows, count))
     }
 
     /// Sequences of the current step.

@@ -25,6 +25,10 @@ pub struct Workspace {
     pub(crate) activated: Buffer,
     /// F32 `[max_tokens, heads.dim]`: cosines and sines of the rows' positions.
     pub(crate) rope: Buffer,
+    /// F32 `[max_logit_rows, hidden]`: the residual stream of [`OutputRows::Only`](crate::OutputRows) some rows.
+    output_residual: Buffer,
+    /// `[max_logit_rows, heads.q_width()]`: the attention output of these.
+    output_attention: Buffer,
     /// U32 `[max_logit_rows]`: rows whose logits are wanted.
     pub(crate) logit_rows: Buffer,
     /// `[max_logit_rows, hidden]`: their hidden states.
@@ -72,19 +76,45 @@ impl Workspace {
             gate_up: activations(if has_gate_up { 2 * config.intermediate_size } else { 0 })?,
             activated: activations(config.intermediate_size)?,
             rope: alloc(Dtype::F32, max_tokens, config.heads.dim)?,
+            output_residual: alloc(Dtype::F32, max_logit_rows, config.hidden_size)?,
+            output_attention: alloc(backend.activation_dtype(), max_logit_rows, config.heads.q_width())?,
             logit_rows: alloc(Dtype::U32, max_logit_rows, 1)?,
             logit_hidden: alloc(backend.activation_dtype(), max_logit_rows, config.hidden_size)?,
             logits: alloc(Dtype::F32, max_logit_rows, config.vocab_size)?,
         })
     }
 
-    /// Most rows that [`Model::logits`] takes at a time.
+    /// Takes rows `indices`, `count` of them, of the residual stream and of the attention output into memory of their
+    /// own, which stands for that of the step until [`exchange_outputs`](Self::exchange_outputs) brings it back.
+    ///
+    /// # Panics
+    /// There is no room for `count` rows.
+    pub(crate) fn gather_outputs(
+        &mut self,
+        backend: &dyn Backend,
+        indices: &Buffer,
+        count: usize,
+        [hidden, q_width]: [usize; 2],
+    ) {
+        assert!(count <= self.max_logit_rows, "{count} outputs of a workspace for {}", self.max_logit_rows);
+        backend.gather_rows(&self.residual, indices, count, hidden, &mut self.output_residual);
+        backend.gather_rows(&self.attention, indices, count, q_width, &mut self.output_attention);
+        self.exchange_outputs();
+    }
+
+    /// See [`gather_outputs`](Self::gather_outputs).
+    pub(crate) fn exchange_outputs(&mut self) {
+        std::mem::swap(&mut self.residual, &mut self.output_residual);
+        std::mem::swap(&mut self.attention, &mut self.output_attention);
+    }
+
+    /// Most rows that [`Model::logits`] takes at a time, and most of [`OutputRows::Only`](crate::OutputRows) some.
     pub fn max_logit_rows(&self) -> usize {
         self.max_logit_rows
     }
 
-    /// `[rows, hidden_size]`: the final-normed hidden states of the last step, from which
-    /// [`Model::logits`] starts.
+    /// `[outputs, hidden_size]`: the final-normed hidden states of the last step's [outputs](crate::OutputRows), from
+    /// which [`Model::logits`] starts.
     pub fn hidden(&self) -> &Buffer {
         &self.normed
     }

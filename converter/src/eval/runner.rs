@@ -1,7 +1,7 @@
 //! Runs sequences through a model, several to a step, and hands out the logits of the tokens that are scored.
 
 use kernels::{Backend, KV_BLOCK_TOKENS, KvCacheDtype};
-use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
+use models::{KvCache, Model, OutputRows, StepInputs, StepSequence, Workspace};
 
 /// Rows of a step that the runner aims at: enough to fill the matrix products.
 const STEP_TOKENS: usize = 512;
@@ -245,7 +245,7 @@ impl<'a> Runner<'a> {
                 block_table: table,
             })
             .collect();
-        self.step.fill(self.backend, &sequences);
+        self.step.fill(self.backend, &sequences, OutputRows::All);
         self.model.forward(self.backend, &self.step, &mut self.kv, &mut self.workspace);
         Step { first: 0, scored, rows }
     }

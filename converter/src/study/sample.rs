@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use kernels::{Backend, Buffer, Device, KV_BLOCK_TOKENS, KvCacheDtype};
 use models::checkpoint::{Checkpoint, DenseTensor, TensorInfo, dense_dtype};
-use models::{KvCache, ModelConfig, Observer, StepInputs, StepSequence, Workspace};
+use models::{KvCache, ModelConfig, Observer, OutputRows, StepInputs, StepSequence, Workspace};
 
 use super::StudyError;
 use super::quantizer::Matrix;
@@ -137,7 +137,7 @@ fn capture(
         let mut kv = KvCache::new(&*backend, config, blocks.len(), KvCacheDtype::F32)?;
         let mut workspace = Workspace::new(&*backend, &*model, length, 1)?;
         let sequence = StepSequence { tokens: &tokens, first_position: 0, block_table: &blocks };
-        step.fill(&*backend, &[sequence]);
+        step.fill(&*backend, &[sequence], OutputRows::All);
         let mut capture = Capture { backend: &*backend, layers, rows: length, inputs: &mut inputs };
         model.forward_observed(&*backend, &step, &mut kv, &mut workspace, &mut capture);
         Ok(())

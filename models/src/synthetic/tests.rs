@@ -4,7 +4,7 @@ use kernels::{Device, KvCacheDtype};
 use serde_json::json;
 
 use super::*;
-use crate::{KvCache, StepInputs, StepSequence, Workspace};
+use crate::{KvCache, OutputRows, StepInputs, StepSequence, Workspace};
 
 fn scheme(name: &str) -> Option<Scheme> {
     Some(name.parse().unwrap())
@@ -60,7 +60,8 @@ fn logits(backend: &dyn Backend, model: &dyn Model) -> Vec<f32> {
     let mut kv = KvCache::new(backend, config, 1, KvCacheDtype::F32).unwrap();
     let mut step = StepInputs::new(backend, 4, 1, 1).unwrap();
     let mut workspace = Workspace::new(backend, model, 4, 1).unwrap();
-    step.fill(backend, &[StepSequence { tokens: &[1, 2, 3, 4], first_position: 0, block_table: &[0] }]);
+    let sequence = StepSequence { tokens: &[1, 2, 3, 4], first_position: 0, block_table: &[0] };
+    step.fill(backend, &[sequence], OutputRows::All);
     model.forward(backend, &step, &mut kv, &mut workspace);
     model.logits(backend, &[3], &mut workspace);
     let mut logits = vec![0.0; config.vocab_size];

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use kernels::{Backend, Device, KV_BLOCK_TOKENS, KvCacheDtype};
 use models::checkpoint::Checkpoint;
-use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
+use models::{KvCache, Model, OutputRows, StepInputs, StepSequence, Workspace};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -90,7 +90,7 @@ impl Runner {
     /// One step; the logits of all its rows, `[rows, vocab]`.
     pub(crate) fn step(&mut self, sequences: &[StepSequence<'_>]) -> Vec<f32> {
         let Self { backend, model, kv, step, workspace } = self;
-        step.fill(&**backend, sequences);
+        step.fill(&**backend, sequences, OutputRows::All);
         model.forward(&**backend, step, kv, workspace);
         let vocab = model.config().vocab_size;
         let mut logits = vec![0.0; step.rows() * vocab];
@@ -102,6 +102,39 @@ impl Runner {
         logits
     }
 
+    /// One step whose outputs are `rows` alone; their logits, `[rows, vocab]`.
+    pub(crate) fn step_for(&mut self, sequences: &[StepSequence<'_>], rows: &[u32]) -> Vec<f32> {
+        let Self { backend, model, kv, step, workspace } = self;
+        step.fill(&**backend, sequences, OutputRows::Only(rows));
+        model.forward(&**backend, step, kv, workspace);
+        let places: Vec<u32> = (0..rows.len() as u32).collect();
+        let mut logits = vec![0.0; rows.len() * model.config().vocab_size];
+        if !rows.is_empty() {
+            model.logits(&**backend, &places, workspace);
+            backend.read_f32(workspace.logits(), 0, &mut logits);
+        }
+        logits
+    }
+
+    /// The logits of tokens 0, 15 and the last of a sequence, computed in steps of which the second has no outputs.
+    pub(crate) fn some_outputs(&mut self, tokens: &[u32], block_table: &[u32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        for (part, rows) in
+            [(0..17, &[0, 15][..]), (17..33, &[]), (33..tokens.len(), &[tokens.len() as u32 - 34])]
+        {
+            let first_position = part.start;
+            let sequence = StepSequence { tokens: &tokens[part], first_position, block_table };
+            logits.extend(self.step_for(&[sequence], rows));
+        }
+        logits
+    }
+
+    /// Rows of the same tokens among the logits of `tokens` tokens.
+    pub(crate) fn same_outputs(&self, logits: &[f32], tokens: usize) -> Vec<f32> {
+        let vocab = self.model.config().vocab_size;
+        [0, 15, tokens - 1].iter().flat_map(|row| &logits[row * vocab..][..vocab]).copied().collect()
+    }
+
     /// One token for each of `sequences`, as a recorded step; the logits of all rows.
     pub(crate) fn replayed_step(&mut self, sequences: &[StepSequence<'_>]) -> Vec<f32> {
         let Self { backend, model, kv, step, workspace } = self;
@@ -109,12 +142,12 @@ impl Runner {
         let rows: Vec<u32> = (0..sequences.len() as u32).collect();
         // Recorded on other inputs than it is replayed with.
         let other = StepSequence { tokens: &[1], first_position: 0, block_table: sequences[0].block_table };
-        step.fill(backend, &vec![other; rows.len()]);
+        step.fill(backend, &vec![other; rows.len()], OutputRows::All);
         let graph = backend.capture(&mut || {
             model.forward(backend, step, kv, workspace);
             model.logits(backend, &rows, workspace);
         });
-        step.fill(backend, sequences);
+        step.fill(backend, sequences, OutputRows::All);
         backend.replay(&graph);
         let mut logits = vec![0.0; rows.len() * model.config().vocab_size];
         backend.read_f32(workspace.logits(), 0, &mut logits);

@@ -121,6 +121,26 @@ fn check_schemes(model: &Path, tokens: &[u32], factor: f32) {
     assert!(too_large.is_empty(), "{too_large:?}");
 }
 
+/// Few rows of the last layer go through other kernels than all of them, which add up in another order.
+#[test]
+fn outputs_are_those_of_a_step_of_all_rows() {
+    if !has_gpu() {
+        return;
+    }
+    let (tokens, model) = (some_tokens(), data("models/rustdoc-6m"));
+    for scheme in schemes() {
+        let quantized = quantize(&model, |module| in_a_layer(module).then_some(scheme));
+        let table = blocks(tokens.len());
+        let mut runner = Runner::load_on(GPU, quantized.path(), KvCacheDtype::Bf16, table.len());
+        let all = runner.sequence(&tokens, tokens.len(), &table);
+        let some = runner.some_outputs(&tokens, &table);
+        let errors = Errors::between(&some, &runner.same_outputs(&all, tokens.len()));
+        println!("{scheme}: {errors:?}");
+        assert!(errors.rms <= 0.03, "{scheme}: {errors:?}");
+        assert!(runner.sequence(&tokens, tokens.len(), &table) == all, "{scheme}: the next step");
+    }
+}
+
 /// Keys that lie within a rounding error of the border of two codes may fall to either side of it.
 #[test]
 fn every_kv_cache_computes_what_the_cpu_does() {

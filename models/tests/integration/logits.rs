@@ -71,6 +71,20 @@ fn chunks_and_block_placement_change_no_bit() {
 }
 
 #[test]
+fn rows_that_are_no_outputs_change_no_bit() {
+    for case in Golden::cases() {
+        let golden = Golden::read(&case);
+        let count = golden.tokens.len();
+        let mut runner = Runner::load(&golden.dir, KvCacheDtype::Bf16, 8);
+        let all = runner.sequence(&golden.tokens, count, &[0, 1, 2]);
+        let some = runner.some_outputs(&golden.tokens, &[5, 0, 7]);
+        assert!(runner.same_outputs(&all, count) == some, "{case}: the logits depend on which are wanted");
+        // Nothing of it stays.
+        assert!(runner.sequence(&golden.tokens, count, &[2, 1, 0]) == all, "{case}: the next step");
+    }
+}
+
+#[test]
 fn neighbours_in_the_batch_change_no_bit() {
     for case in Golden::cases() {
         let golden = Golden::read(&case);

@@ -1,7 +1,7 @@
 //! Decode steps that the device has recorded, one for each of a ladder of batch sizes: a batch in between is padded.
 
 use kernels::{Backend, Graph};
-use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
+use models::{KvCache, Model, OutputRows, StepInputs, StepSequence, Workspace};
 
 /// Recorded steps of one token per sequence, from the inputs to the logits; none on a device that records nothing.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl DecodeGraphs {
         let rows: Vec<u32> = (0..max_sequences as u32).collect();
         // The largest first, so that no scratch memory grows later.
         for size in batch_sizes(max_sequences).into_iter().rev() {
-            inputs.fill(backend, &this.padding(size));
+            inputs.fill(backend, &this.padding(size), OutputRows::All);
             let mut step = || {
                 model.forward(backend, inputs, kv_cache, workspace);
                 model.logits(backend, &rows[..size], workspace);

@@ -4,13 +4,14 @@
 use std::time::Instant;
 
 use kernels::{Backend, KvCacheDtype, TokenLogprobs};
-use models::{KvCache, Model, StepInputs, StepSequence, Workspace};
+use models::{KvCache, Model, OutputRows, StepInputs, StepSequence, Workspace};
 
 use super::block_manager::blocks_for;
 use super::decode_graphs::{DecodeGraphs, DecodeStep};
 use super::error::EngineError;
 use super::mask_workers::Constraints;
 use super::options::{EngineInfo, EngineOptions, ModelNeeds, Sizes};
+use super::pooling::PoolingState;
 use super::request::Pooling;
 use super::sampler::{Draw, Drawn, Sampler};
 use super::scheduler::Batch;
@@ -31,8 +32,18 @@ pub(super) struct ModelRunner {
     graphs: DecodeGraphs,
     /// Whether the launched step has left the logits of its rows, one for each sequence, in the workspace.
     has_logits: bool,
+    /// Which rows of the launched step have hidden states.
+    outputs: Outputs,
     /// Rows of the current chunk of logits; kept for its memory.
     rows: Vec<u32>,
+}
+
+/// Rows of a step whose hidden states somebody wants, ascending.
+#[derive(Debug, Default)]
+struct Outputs {
+    rows: Vec<u32>,
+    /// Whether all rows have hidden states, whoever wants them.
+    are_all: bool,
 }
 
 /// What a step brought. Kept between steps for its memory.
@@ -103,7 +114,18 @@ impl ModelRunner {
         tracing::debug!(memory_secs, graphs_secs, "ready to run steps");
         let rows = Vec::with_capacity(logit_rows);
         Ok((
-            Self { kv_cache, step, workspace, sampler, graphs, has_logits: false, rows, backend, model },
+            Self {
+                kv_cache,
+                step,
+                workspace,
+                sampler,
+                graphs,
+                has_logits: false,
+                outputs: Outputs::default(),
+                rows,
+                backend,
+                model,
+            },
             sizes,
         ))
     }
@@ -149,10 +171,12 @@ impl ModelRunner {
         self.has_logits = recorded.is_some();
         if let Some((size, graph)) = recorded {
             steps.extend(self.graphs.padding(size - steps.len()));
-            self.step.fill(backend, &steps);
+            self.outputs.take_all();
+            self.step.fill(backend, &steps, OutputRows::All);
             backend.replay(graph);
         } else {
-            self.step.fill(backend, &steps);
+            self.outputs.find(running, batch, self.workspace.max_logit_rows());
+            self.step.fill(backend, &steps, self.outputs.of_step());
             self.model.forward(backend, &self.step, &mut self.kv_cache, &mut self.workspace);
         }
     }
@@ -188,8 +212,9 @@ impl ModelRunner {
                 end += item.tokens;
                 let first = end - item.draws();
                 let sequence = &running[item.index];
-                (0..item.draws()).map(move |ahead| ((first + ahead) as u32, Draw { sequence, ahead }))
+                (0..item.draws()).map(move |ahead| (first + ahead, Draw { sequence, ahead }))
             })
+            .map(|(row, draw)| (self.outputs.place(row), draw))
             .collect();
         for chunk in due.chunks(self.workspace.max_logit_rows()) {
             if !self.has_logits {
@@ -207,7 +232,8 @@ impl ModelRunner {
     /// Scores the prompt tokens that rows of this batch predict, for the sequences that want it.
     fn score_prompts(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
         output.prompt_logprobs.clear();
-        let wanted = prompt_rows(running, batch);
+        let mut wanted = prompt_rows(running, batch);
+        wanted.iter_mut().for_each(|wanted| wanted.row = self.outputs.place(wanted.row as usize));
         for chunk in wanted.chunks(self.workspace.max_logit_rows()) {
             self.logits(chunk.iter().map(|wanted| wanted.row));
             let mut first = 0;
@@ -231,25 +257,67 @@ impl ModelRunner {
         let mut first_row = 0;
         for item in &batch.items {
             let sequence = &running[item.index];
-            if let Some(pooled) = sequence.pooled() {
-                let rows = match pooled.pooling() {
-                    Pooling::Mean => item.tokens,
-                    Pooling::Last => 1,
-                };
+            let rows = pooled_rows(sequence, item.tokens);
+            if rows > 0 {
                 let mut hidden = vec![0.0; rows * width];
-                let begin = (first_row + item.tokens - rows) * width;
-                self.backend.read_f32(self.workspace.hidden(), begin, &mut hidden);
+                // Neighbours are neighbours among the outputs too.
+                let begin = self.outputs.place(first_row + item.tokens - rows) as usize;
+                self.backend.read_f32(self.workspace.hidden(), begin * width, &mut hidden);
                 output.hidden.push((item.index, hidden));
             }
             first_row += item.tokens;
         }
     }
 
-    /// Computes the logits of these rows of the step into the workspace.
+    /// Computes the logits of these outputs of the step into the workspace.
     fn logits(&mut self, rows: impl Iterator<Item = u32>) {
         self.rows.clear();
         self.rows.extend(rows);
         self.model.logits(self.backend.as_ref(), &self.rows, &mut self.workspace);
+    }
+}
+
+impl Outputs {
+    /// Every row has hidden states.
+    fn take_all(&mut self) {
+        self.are_all = true;
+    }
+
+    /// Rows from which `batch` draws, scores or pools; all of them if these are more than `most`.
+    fn find(&mut self, running: &[Sequence], batch: &Batch, most: usize) {
+        self.rows.clear();
+        self.rows.extend(prompt_rows(running, batch).iter().map(|wanted| wanted.row));
+        let mut end = 0;
+        for item in &batch.items {
+            end += item.tokens;
+            let last = item.draws().max(pooled_rows(&running[item.index], item.tokens));
+            self.rows.extend((end - last..end).map(|row| row as u32));
+        }
+        self.rows.sort_unstable();
+        self.rows.dedup();
+        self.are_all = self.rows.len() > most || self.rows.len() == end;
+    }
+
+    fn of_step(&self) -> OutputRows<'_> {
+        if self.are_all { OutputRows::All } else { OutputRows::Only(&self.rows) }
+    }
+
+    /// Where the hidden state of row `row` of the step is.
+    fn place(&self, row: usize) -> u32 {
+        let row = row as u32;
+        if self.are_all {
+            return row;
+        }
+        self.rows.binary_search(&row).expect("every row that is asked for was wanted") as u32
+    }
+}
+
+/// The last rows of an item of `tokens` rows that are pooled.
+fn pooled_rows(sequence: &Sequence, tokens: usize) -> usize {
+    match sequence.pooled().map(PoolingState::pooling) {
+        None => 0,
+        Some(Pooling::Mean) => tokens,
+        Some(Pooling::Last) => 1,
     }
 }
 
@@ -266,7 +334,7 @@ fn warm_up(
     let mut kv_cache = KvCache::new(backend, model.config(), 1, dtype)?;
     let mut step = StepInputs::new(backend, max_tokens, 1, block_table.len())?;
     let longest = StepSequence { tokens: &tokens, first_position: 0, block_table: &block_table };
-    step.fill(backend, &[longest]);
+    step.fill(backend, &[longest], OutputRows::All);
     model.forward(backend, &step, &mut kv_cache, workspace);
     let rows: Vec<u32> = (0..workspace.max_logit_rows() as u32).collect();
     model.logits(backend, &rows, workspace);
