@@ -79,7 +79,7 @@ struct Bf16Producer {
 }  // namespace ops
 
 /// Rows of sequences that have more than one. Grid: (q_heads, at least as many tiles of 128 rows as the sequences have).
-/// Block: 384. Shared: 1 KB more than four tiles of 128 * DIM * 2 bytes.
+/// Block: 384. Shared: 1 KB more than five tiles of 128 * DIM * 2 bytes.
 #define OPS_ATTENTION_PREFILL_WGMMA(DIM)                                                                    \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                    \
         ops_attention_prefill_wgmma_##DIM(const __grid_constant__ ops::AttentionArguments a, int sequences) { \

@@ -19,16 +19,17 @@
 
 namespace ops {
 
-/// What the warpgroups share: tiles of keys and values, and how far they are.
+/// What the warpgroups share: queries, tiles of keys and values, and how far they are.
 template <int DIMENSION>
 struct WgmmaTiles {
     static constexpr int DIM = DIMENSION;
     static constexpr int GROUPS = 2, GROUP_ROWS = 64, GROUP_WARPS = 4, ROWS = GROUPS * GROUP_ROWS;
     static constexpr int KEYS = 128, STAGES = 2;
     static constexpr int TILE_BYTES = KEYS * DIM * 2, TILE_BLOCKS = KEYS / BLOCK_TOKENS;
-    /// A tile is DIM / 64 groups of dimensions, each [KEYS, 128 bytes].
-    static constexpr int GROUP_BYTES = KEYS * 128;
+    /// A tile is DIM / 64 groups of dimensions, each [KEYS, 128 bytes]; the queries are [ROWS, 128 bytes] likewise.
+    static constexpr int GROUP_BYTES = KEYS * 128, QUERY_GROUP_BYTES = ROWS * 128;
 
+    uint8_t queries[ROWS * DIM * 2];
     uint8_t keys[STAGES][TILE_BYTES];
     uint8_t values[STAGES][TILE_BYTES];
     uint64_t keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
@@ -64,31 +65,35 @@ struct WgmmaAttention {
     static constexpr int DIM = Tiles::DIM, GROUPS = Tiles::GROUPS, GROUP_ROWS = Tiles::GROUP_ROWS;
     static constexpr int GROUP_WARPS = Tiles::GROUP_WARPS, ROWS = Tiles::ROWS, KEYS = Tiles::KEYS;
     static constexpr int STAGES = Tiles::STAGES, GROUP_BYTES = Tiles::GROUP_BYTES, STEPS = DIM / 16;
+    /// Named barriers, one per warpgroup; the producer has the first.
+    static constexpr uint32_t QUERIES_BARRIER = 2;
 
-    /// The A fragments of this warp's 16 rows.
-    static __device__ __forceinline__ void load_queries(uint32_t (&q)[STEPS][4], const AttentionArguments& a,
-                                                        const Work& w, int row) {
-        const int lane = threadIdx.x % WARP;
+    /// Brings the rows of warpgroup `group` to shared memory: from registers each product would take longer.
+    static __device__ __forceinline__ void load_queries(Tiles& shared, const AttentionArguments& a, const Work& w,
+                                                        int group) {
+        constexpr int PIECES = DIM / 8, THREADS = GROUP_WARPS * WARP;
         const size_t stride = static_cast<size_t>(a.q_heads + 2 * a.kv_heads) * DIM;
-        const __nv_bfloat16* base = a.qkv + w.tile.row * stride + static_cast<size_t>(w.head) * DIM + lane % 4 * 2;
+        const __nv_bfloat16* base = a.qkv + w.tile.row * stride + static_cast<size_t>(w.head) * DIM;
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int r = row + i % 2 * 8;
-                const __nv_bfloat16* p = base + r * stride + step * 16 + i / 2 * 8;
-                q[step][i] = r < w.tile.rows ? *reinterpret_cast<const uint32_t*>(p) : 0;
-            }
+        for (int i = 0; i < GROUP_ROWS * PIECES / THREADS; ++i) {
+            const int index = i * THREADS + threadIdx.x % THREADS;
+            const int row = group * GROUP_ROWS + index / PIECES, piece = index % PIECES;
+            uint4 x = {};
+            if (row < w.tile.rows) x = *reinterpret_cast<const uint4*>(base + row * stride + piece * 8);
+            *reinterpret_cast<uint4*>(shared.queries + piece_offset<DIM, ROWS>(row, piece)) = x;
         }
+        ptx::fence_proxy_async();
+        ptx::named_barrier(QUERIES_BARRIER + group, THREADS);
     }
 
-    /// Starts s = Q K^T.
-    static __device__ __forceinline__ void start_scores(float (&s)[KEYS / 2], const uint32_t (&q)[STEPS][4],
-                                                        uint32_t keys) {
+    /// Starts s = Q K^T for the 64 rows at `queries`.
+    static __device__ __forceinline__ void start_scores(float (&s)[KEYS / 2], uint32_t queries, uint32_t keys) {
+        const uint64_t q = ptx::uniform_descriptor(queries), k = ptx::uniform_descriptor(keys);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            const uint64_t b = ptx::swizzled_descriptor(keys + step / 4 * GROUP_BYTES + step % 4 * 32);
-            ptx::Wgmma<ptx::Operand::Bf16, KEYS>::run(s, q[step], b, step > 0);
+            const uint64_t a = q + ptx::descriptor_step(step / 4 * Tiles::QUERY_GROUP_BYTES + step % 4 * 32);
+            const uint64_t b = k + ptx::descriptor_step(step / 4 * GROUP_BYTES + step % 4 * 32);
+            ptx::SharedWgmma<ptx::Operand::Bf16, KEYS>::run(s, a, b, step > 0);
         }
         ptx::wgmma_commit();
     }
@@ -96,9 +101,10 @@ struct WgmmaAttention {
     /// Starts o += P V.
     static __device__ __forceinline__ void start_values(float (&o)[DIM / 2], const uint32_t (&p)[KEYS / 16][4],
                                                         uint32_t values) {
+        const uint64_t v = ptx::uniform_row_descriptor(values, GROUP_BYTES);
 #pragma unroll
         for (int step = 0; step < KEYS / 16; ++step)
-            ptx::WgmmaRows<DIM>::run(o, p[step], ptx::row_descriptor(values + step * 16 * 128, GROUP_BYTES));
+            ptx::WgmmaRows<DIM>::run(o, p[step], v + ptx::descriptor_step(step * 16 * 128));
         ptx::wgmma_commit();
     }
 
@@ -170,8 +176,9 @@ struct WgmmaAttention {
             const bool whole = start + KEYS - 1 <= first_position && (a.window == 0 || start > last_position - a.window);
             if (!whole) mask(s, w.tile.position + row, start, a.window);
         };
-        uint32_t q[STEPS][4], p[KEYS / 16][4];
-        load_queries(q, a, w, row);
+        uint32_t p[KEYS / 16][4];
+        load_queries(shared, a, w, group);
+        const uint32_t queries = ptx::shared_address(shared.queries) + group * GROUP_ROWS * 128;
         float s[KEYS / 2], o[DIM / 2], keep[2];
 #pragma unroll
         for (int i = 0; i < DIM / 2; ++i) o[i] = 0.0f;
@@ -179,7 +186,7 @@ struct WgmmaAttention {
 
         ptx::barrier_wait(ptx::shared_address(&shared.keys_full[0]), 0);
         ptx::wgmma_fence();
-        start_scores(s, q, ptx::shared_address(shared.keys[0]));
+        start_scores(s, queries, ptx::shared_address(shared.keys[0]));
         ptx::wgmma_wait<0>();
         ptx::pin(s);
         release(shared.keys_empty[0]);
@@ -190,7 +197,7 @@ struct WgmmaAttention {
             const int stage = i % STAGES, before = (i - 1) % STAGES;
             ptx::barrier_wait(ptx::shared_address(&shared.keys_full[stage]), i / STAGES % 2);
             ptx::wgmma_fence();
-            start_scores(s, q, ptx::shared_address(shared.keys[stage]));
+            start_scores(s, queries, ptx::shared_address(shared.keys[stage]));
             ptx::barrier_wait(ptx::shared_address(&shared.values_full[before]), (i - 1) / STAGES % 2);
             ptx::wgmma_fence();
             start_values(o, p, ptx::shared_address(shared.values[before]));

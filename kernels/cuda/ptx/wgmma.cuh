@@ -92,6 +92,16 @@ template <Operand OPERAND, int N>
 struct SharedWgmma;
 
 template <>
+struct SharedWgmma<Operand::Bf16, 128> {
+    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MX_R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+                     : MX_D64
+                     : "l"(a), "l"(b), "r"(uint32_t(accumulate)));
+    }
+};
+
+template <>
 struct SharedWgmma<Operand::E4m3, 192> {
     static __device__ __forceinline__ void run(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"

@@ -7,10 +7,12 @@
 
 namespace ptx {
 
-/// Describes 16 rows of B from `shared` on (1024-byte aligned); groups of 64 columns are `group_stride` bytes apart.
-__device__ __forceinline__ uint64_t row_descriptor(uint32_t shared, uint32_t group_stride) {
+/// Describes 16 rows of B from `shared` on (1024-byte aligned); groups of 64 columns are `group_stride` bytes apart. For a
+/// warp whose lanes all have the same address: see `uniform_descriptor`.
+__device__ __forceinline__ uint64_t uniform_row_descriptor(uint32_t shared, uint32_t group_stride) {
     constexpr uint64_t SWIZZLE_128B = 1, ATOM_STRIDE = 1024 >> 4;
-    return (SWIZZLE_128B << 62) | (ATOM_STRIDE << 32) | (uint64_t(group_stride >> 4) << 16) | ((shared >> 4) & 0x3FFF);
+    return (SWIZZLE_128B << 62) | (ATOM_STRIDE << 32) | (uint64_t(group_stride >> 4) << 16) |
+           ((__shfl_sync(0xFFFFFFFFu, shared, 0) >> 4) & 0x3FFF);
 }
 
 /// One instruction on N columns.

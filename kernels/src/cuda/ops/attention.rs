@@ -25,7 +25,8 @@ const RESULT_PADDING: usize = 4;
 const DECODE_STAGES: usize = 2;
 const MX_DECODE_STAGES: usize = 4;
 
-/// `KEYS` and `STAGES` of `attention_prefill_wgmma.cuh`, and `RAW_STAGES` of its producer for MX.
+/// `ROWS`, `KEYS` and `STAGES` of `attention_prefill_wgmma.cuh`, and `RAW_STAGES` of its producer for MX.
+const WGMMA_ROWS: usize = 128;
 const WGMMA_KEYS: usize = 128;
 const WGMMA_STAGES: usize = 2;
 const RAW_STAGES: usize = 3;
@@ -76,13 +77,13 @@ impl Prefill {
             // Queries, two stages of keys and two of values, 64 rows each.
             return Self { kernel, rows: 64, threads: 128, shared_bytes: 5 * 64 * dim * 2 };
         }
-        // Keys and values in BF16, what comes of the cache before it is that, and barriers.
-        let tiles = 2 * WGMMA_STAGES * WGMMA_KEYS * dim * 2;
+        // Queries, keys and values in BF16, what comes of the cache before it is that, and barriers.
+        let tiles = (WGMMA_ROWS + 2 * WGMMA_STAGES * WGMMA_KEYS) * dim * 2;
         let raw = match dtype.cast() {
             Some(_) => RAW_STAGES * WGMMA_KEYS / KV_BLOCK_TOKENS * head_block_bytes(dtype, dim),
             None => 0,
         };
-        Self { kernel, rows: 128, threads: 384, shared_bytes: tiles + raw + RESERVED_BYTES }
+        Self { kernel, rows: WGMMA_ROWS, threads: 384, shared_bytes: tiles + raw + RESERVED_BYTES }
     }
 }
 
