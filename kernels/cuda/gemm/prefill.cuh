@@ -96,8 +96,8 @@ struct Prefill {
     using L = Layout<Weights, TOKENS, GROUPS>;
     static constexpr int STAGES = L::STAGES;
     static constexpr int ROW_TILES = L::ROW_TILES, ROWS = ROW_TILES * TILE_ROWS, CONSUMER_WARPS = 4 * GROUPS;
-    /// Named barriers: of the store, of the exchange of parts, of the warpgroups' turns.
-    static constexpr uint32_t PARTS_BARRIER = STAGING_BARRIER + GROUPS, TURN_BARRIER = PARTS_BARRIER + 1;
+    /// Named barrier of the exchange of parts, after those of the store.
+    static constexpr uint32_t PARTS_BARRIER = STAGING_BARRIER + GROUPS;
     static constexpr bool IS_EXPANDED = Weights::OPERAND == Operand::E4m3;
 
     const PrefillArgs& args;
@@ -231,8 +231,6 @@ struct Prefill {
 
     __device__ __forceinline__ void consume() {
         Cursor<STAGES> at;
-        // The first turn of `multiply_promoting` is the first warpgroup's.
-        if (IS_EXPANDED && threadIdx.x / 128 == 2) ptx::named_barrier_arrive(TURN_BARRIER, 256);
         for (uint32_t index = blockIdx.x / CLUSTER; index < schedule.count(); index += gridDim.x / CLUSTER) {
             const uint2 block = schedule.at(index);
             const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
@@ -256,8 +254,9 @@ struct Prefill {
 
     __device__ __forceinline__ uint32_t stage_before(uint32_t stage) const { return stage == 0 ? STAGES - 1 : stage - 1; }
 
-    /// `tiles` tiles along K of one block, in BF16. An instruction with A in registers holds the warp until the tensor core takes it: so the next
-    /// tile is decoded between the instructions of this one, and the tensor core always has one to go on with.
+    /// `tiles` tiles along K of one block, in BF16. An instruction with A in registers holds the warp until the tensor core
+    /// takes it: so the next tile is decoded between the instructions of this one, and the tensor core always has one to
+    /// go on with.
     __device__ __forceinline__ void multiply(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
         uint32_t even[4][4], odd[4][4];
         typename Weights::Lane lane;
@@ -307,7 +306,7 @@ struct Prefill {
     }
 
     /// As `multiply`, in E4M3. The tensor core adds with fewer bits than FP32 has, so every 128 of K go through accumulators of
-    /// their own. The warpgroups take turns, so that one multiplies while the other adds up.
+    /// their own. While one warpgroup adds up, the other multiplies; that they do so in turns needs no barrier (measured).
     __device__ __forceinline__ void multiply_promoting(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
         const uint32_t group = threadIdx.x / 128 - 1;
         float sums[TOKENS / 2];
@@ -318,7 +317,6 @@ struct Prefill {
             const uint64_t x = ptx::swizzled_descriptor(x_stages + at.stage * L::X_BYTES);
             const uint64_t w = ptx::swizzled_descriptor(
                 ptx::shared_address(w_stages) + at.stage * L::W_BYTES + group * 64 * X_ROW_BYTES);
-            ptx::named_barrier(TURN_BARRIER + group, 256);
             ptx::wgmma_fence();
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -326,7 +324,6 @@ struct Prefill {
                                                              x + ptx::descriptor_step(32 * j), j > 0);
             }
             ptx::wgmma_commit();
-            ptx::named_barrier_arrive(TURN_BARRIER + 1 - group, 256);
             ptx::wgmma_wait<0>();
             ptx::pin(sums);
             release(at.stage);
