@@ -9,11 +9,6 @@ namespace gemm {
 
 constexpr int CHUNK = 16;
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
 /// The values as they are: BF16 pairs.
 struct PlainChunk {
     /// Whether it is so small that a thread keeps a few, rather than load them twice.

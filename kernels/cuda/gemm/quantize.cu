@@ -1,48 +1,13 @@
 // Activations [M, K] in BF16, K a multiple of 32: rotated block by block, to the values they have in an MX format, or both.
-//
-// Two lanes hold a block of 32: 16 consecutive values each.
 
 #include "gemm/chunk.cuh"
+#include "ops/vector.cuh"
 #include "ptx/launch.cuh"
 
 namespace gemm {
 
 /// Chunks that a thread of quantize_to_e4m3 has.
 constexpr int HELD = 4;
-
-/// `out` = what `convert` makes of every chunk of `x`: BF16 pairs. `chunks` is M * K / 16.
-template <class Chunk, class Convert>
-__device__ __forceinline__ void to_bf16(const uint4* x, uint32_t chunks, uint4* out, Convert convert) {
-    ptx::launch_dependents();
-    ptx::wait_for_dependencies();
-    const uint32_t stride = gridDim.x * blockDim.x;
-    for (uint32_t index = blockIdx.x * blockDim.x + threadIdx.x; index < chunks; index += stride) {
-        // `chunks` is even, so both lanes of a block are here.
-        const uint32_t lanes = __activemask();
-        Chunk chunk;
-        chunk.load(x, index, lanes);
-        uint32_t values[CHUNK / 2];
-        convert(chunk, lanes, values);
-        out[2 * index] = make_uint4(values[0], values[1], values[2], values[3]);
-        out[2 * index + 1] = make_uint4(values[4], values[5], values[6], values[7]);
-    }
-}
-
-/// `out` = the MX values of `x` in BF16, which holds them exactly (but for parts of blocks below 2^-126). A block with NaN
-/// or Inf is NaN.
-template <class Chunk>
-__device__ __forceinline__ void quantize_to_bf16(const uint4* x, const mx::MxGrid& grid, uint32_t chunks, uint4* out) {
-    to_bf16<Chunk>(x, chunks, out, [&](const Chunk& chunk, uint32_t lanes, uint32_t (&values)[CHUNK / 2]) {
-        const uint32_t byte = chunk.scale(grid, lanes);
-        const float scale = mx::scale_value(byte);
-        const float reciprocal = mx::scale_reciprocal(min(byte, 254u));
-#pragma unroll
-        for (int i = 0; i < CHUNK / 2; ++i) {
-            values[i] = pack_bf16(mx::nearest(grid, chunk.low(i) * reciprocal) * scale,
-                                  mx::nearest(grid, chunk.high(i) * reciprocal) * scale);
-        }
-    });
-}
 
 /// `out` `[M, K]` = the MX values of `x` as E4M3 times one power of two per token, `factors` `[M]`; a token with NaN or
 /// Inf has the factor NaN. One CTA per token, whose threads hold HELD chunks each: `row_chunks` = K / 16 is at most
@@ -94,26 +59,28 @@ __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGri
 }  // namespace gemm
 
 /// Kernels that take the activations as they are, and those that rotate them first.
-#define QUANTIZE(NAME, CHUNK)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) NAME##_to_bf16(                                                \
-        const uint4* __restrict__ x, mx::MxGrid grid, uint32_t chunks, uint4* __restrict__ out) {                    \
-        gemm::quantize_to_bf16<gemm::CHUNK>(x, grid, chunks, out);                                                   \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(1024)                                                               \
-        NAME##_to_e4m3(const uint4* __restrict__ x, mx::MxGrid grid, uint32_t row_chunks, uint4* __restrict__ out,   \
-                       float* __restrict__ factors, uint32_t* __restrict__ inexact) {                                \
-        gemm::quantize_to_e4m3<gemm::CHUNK>(x, grid, row_chunks, out, factors, inexact);                             \
+#define QUANTIZE_TO_E4M3(NAME, CHUNK)                                                                       \
+    extern "C" __global__ void __launch_bounds__(1024)                                                      \
+        NAME(const uint4* __restrict__ x, mx::MxGrid grid, uint32_t row_chunks, uint4* __restrict__ out,    \
+             float* __restrict__ factors, uint32_t* __restrict__ inexact) {                                 \
+        gemm::quantize_to_e4m3<gemm::CHUNK>(x, grid, row_chunks, out, factors, inexact);                    \
     }
 
-QUANTIZE(quantize, PlainChunk)
-QUANTIZE(quantize_rotated, RotatedChunk)
+QUANTIZE_TO_E4M3(quantize_to_e4m3, PlainChunk)
+QUANTIZE_TO_E4M3(quantize_rotated_to_e4m3, RotatedChunk)
 
-/// `out` = the rotated `x`, rounded to BF16.
-extern "C" __global__ void __launch_bounds__(256)
-    rotate_to_bf16(const uint4* __restrict__ x, uint32_t chunks, uint4* __restrict__ out) {
-    using gemm::RotatedChunk;
-    gemm::to_bf16<RotatedChunk>(x, chunks, out, [](const RotatedChunk& chunk, uint32_t, uint32_t (&values)[8]) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = gemm::pack_bf16(chunk.low(i), chunk.high(i));
-    });
+/// `out` = `x` prepared, in BF16; `pieces` is M * K / 8.
+extern "C" __global__ void __launch_bounds__(256) prepare_to_bf16(const __nv_bfloat16* __restrict__ x,
+                                                                  mx::Preparation preparation, uint32_t pieces,
+                                                                  __nv_bfloat16* __restrict__ out) {
+    ptx::launch_dependents();
+    ptx::wait_for_dependencies();
+    const uint32_t stride = gridDim.x * blockDim.x;
+    for (uint32_t index = blockIdx.x * blockDim.x + threadIdx.x; index < pieces; index += stride) {
+        float v[ops::VECTOR];
+        ops::load_vector(x + size_t(index) * ops::VECTOR, v);
+        // Blocks are whole, so the four lanes of each are here.
+        mx::prepare<mx::SideBySide<ops::VECTOR>>(preparation, v, __activemask());
+        ops::store_vector(out + size_t(index) * ops::VECTOR, v);
+    }
 }

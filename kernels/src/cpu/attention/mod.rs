@@ -58,13 +58,12 @@ pub(crate) enum PairIsa {
 impl PairIsa {
     /// What this processor has for `isa`, best first; never empty.
     pub(crate) fn available(isa: Isa) -> Vec<Self> {
-        let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        if matches!(isa, Isa::Avx512Vnni | Isa::Avx512) && is_x86_feature_detected!("avx512bf16") {
-            found.push(Self::Avx512Bf16);
-        }
-        found.push(Self::Widened(isa));
-        found
+        let pairs = (matches!(isa, Isa::Avx512Vnni | Isa::Avx512) && is_x86_feature_detected!("avx512bf16"))
+            .then_some(Self::Avx512Bf16);
+        #[cfg(not(target_arch = "x86_64"))]
+        let pairs = None;
+        pairs.into_iter().chain([Self::Widened(isa)]).collect()
     }
 
     /// Name for people and metrics.

@@ -4,13 +4,14 @@ use crate::cuda::{Argument, Context, DevicePtr, Function, Launch};
 use crate::input_form::{InputForm, Preparation};
 use crate::mx::{Block, Cast, ElementType, ScaleRounding, SharedExponent, Specials};
 
-/// Threads of `quantize_to_bf16`.
-const BF16_THREADS: u32 = 256;
+/// Threads of `prepare_to_bf16`, and values of a thread at a time.
+const PREPARE_THREADS: u32 = 256;
+const PIECE: usize = 8;
 
-/// Values of a thread at a time.
+/// Values of a thread of `quantize_to_e4m3` at a time.
 const CHUNK: usize = 16;
 
-/// Chunks that a thread of `quantize_to_e4m3` holds, and most threads of a token.
+/// Chunks that a thread of it holds, and most threads of a token.
 const HELD: usize = 4;
 const MOST_THREADS: usize = 1024;
 
@@ -86,6 +87,9 @@ pub(crate) struct PreparationArgument {
     is_quantized: u32,
 }
 
+// SAFETY: numbers in the order of the kernel's structure.
+unsafe impl Argument for PreparationArgument {}
+
 impl From<Option<Preparation>> for PreparationArgument {
     /// # Panics
     /// [`MxGrid`] has no such activations.
@@ -137,11 +141,11 @@ pub(super) fn e4m3_bytes(elements: usize, rows: usize) -> usize {
     e4m3_factors(0, elements) as usize + rows * size_of::<f32>()
 }
 
-/// The kernels of `cuda/gemm/quantize.cu`; of two, the second rotates.
+/// The kernels of `cuda/gemm/quantize.cu`.
 #[derive(Debug)]
 pub(crate) struct Quantizer {
-    rotate: Function,
-    to_bf16: [Function; 2],
+    to_bf16: Function,
+    /// The second rotates.
     to_e4m3: [Function; 2],
     sm_count: u32,
 }
@@ -149,8 +153,7 @@ pub(crate) struct Quantizer {
 impl Quantizer {
     pub(crate) fn new(context: &Context) -> Self {
         Self {
-            rotate: context.function("rotate_to_bf16"),
-            to_bf16: ["quantize_to_bf16", "quantize_rotated_to_bf16"].map(|name| context.function(name)),
+            to_bf16: context.function("prepare_to_bf16"),
             to_e4m3: ["quantize_to_e4m3", "quantize_rotated_to_e4m3"].map(|name| context.function(name)),
             sm_count: context.properties().sm_count,
         }
@@ -166,25 +169,17 @@ impl Quantizer {
     pub(crate) unsafe fn to_bf16(
         &self,
         context: &Context,
-        Preparation { is_rotated, activation }: Preparation,
+        preparation: Preparation,
         x: DevicePtr,
         [rows, cols]: [usize; 2],
         out: DevicePtr,
     ) {
         assert!(cols.is_multiple_of(Block::OCP.size()), "whole blocks in a row");
-        let chunks = u32::try_from(rows * cols / CHUNK).expect("activations of at most 2^36 elements");
-        let blocks = chunks.div_ceil(BF16_THREADS).min(8 * self.sm_count);
-        let launch = Launch::new(blocks, BF16_THREADS);
-        // SAFETY: the caller's promise; the kernels wait for their inputs.
-        unsafe {
-            match activation {
-                Some(cast) => {
-                    let (function, grid) = (&self.to_bf16[usize::from(is_rotated)], MxGrid::of(cast));
-                    context.launch(function, &launch, &[&x, &grid, &chunks, &out]);
-                }
-                None => context.launch(&self.rotate, &launch, &[&x, &chunks, &out]),
-            }
-        }
+        let pieces = u32::try_from(rows * cols / PIECE).expect("activations of at most 2^35 elements");
+        let launch = Launch::new(pieces.div_ceil(PREPARE_THREADS).min(8 * self.sm_count), PREPARE_THREADS);
+        let preparation = PreparationArgument::from(Some(preparation));
+        // SAFETY: the caller's promise; the kernel waits for its input.
+        unsafe { context.launch(&self.to_bf16, &launch, &[&x, &preparation, &pieces, &out]) };
     }
 
     /// Writes the values of `x`, BF16 `[rows, cols]`, in the format `activation`, rotated before if `is_rotated`, to `out`
