@@ -37,6 +37,20 @@ async fn every_request_is_answered_and_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn prompts_that_the_server_has_are_counted() {
+    let server = TestServer::start().await;
+    let cached = async |requests: &str| {
+        let flags = ["--num-prompts", requests, "--input-len", "40", "--output-len", "1", "-o", "json"];
+        let records: Value = serde_json::from_slice(&bench(server.base(), &flags).await.stdout).unwrap();
+        records[0]["cached_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(cached("2").await, 0);
+    // More requests are others, not these and some.
+    assert_eq!(cached("3").await, 0);
+    assert!(cached("2").await >= 2 * 32);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_server_refuses_is_shown() {
     let server = TestServer::start().await;
     let output = bench(server.base(), &["--served-model", "other"]).await;

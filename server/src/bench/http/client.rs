@@ -84,6 +84,12 @@ struct Choice {
 struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
+    prompt_tokens_details: Option<PromptDetails>,
+}
+
+#[derive(Deserialize)]
+struct PromptDetails {
+    cached_tokens: Option<usize>,
 }
 
 impl Client {
@@ -198,8 +204,10 @@ impl Events {
     }
 
     fn answer(self) -> Result<Answer, HttpBenchError> {
-        let Usage { prompt_tokens, completion_tokens } = self.usage.ok_or(HttpBenchError::NoUsage)?;
-        Ok(Answer { arrivals: self.arrivals, prompt_tokens, completion_tokens })
+        let usage = self.usage.ok_or(HttpBenchError::NoUsage)?;
+        let Usage { prompt_tokens, completion_tokens, prompt_tokens_details } = usage;
+        let cached_tokens = prompt_tokens_details.and_then(|details| details.cached_tokens);
+        Ok(Answer { arrivals: self.arrivals, prompt_tokens, cached_tokens, completion_tokens })
     }
 }
 
@@ -211,7 +219,8 @@ mod tests {
     fn events_are_read_however_they_are_cut() {
         let text = "data: {\"choices\":[{\"text\":\"é\"}],\"usage\":null}\n\n: ping\n\
                     data: {\"choices\":[{\"text\":\"\"}]}\r\n\r\n\
-                    data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n";
+                    data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\
+                    \"prompt_tokens_details\":{\"cached_tokens\":1}}}\n\ndata: [DONE]\n\n";
         for size in 1..text.len() {
             let mut events = Events::default();
             for (at, bytes) in (0..).zip(text.as_bytes().chunks(size)) {
@@ -219,6 +228,7 @@ mod tests {
             }
             let answer = events.answer().unwrap();
             assert_eq!((answer.arrivals.len(), answer.prompt_tokens, answer.completion_tokens), (1, 3, 2));
+            assert_eq!(answer.cached_tokens, Some(1));
         }
         assert!(matches!(Events::default().answer(), Err(HttpBenchError::NoUsage)));
         let broken = Events::default().line("data: {", Duration::ZERO).unwrap_err().to_string();

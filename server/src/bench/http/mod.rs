@@ -30,6 +30,8 @@ struct Answer {
     /// From sending the request to each piece of text.
     arrivals: Vec<Duration>,
     prompt_tokens: usize,
+    /// Those of the prompt that the server had computed before; `None` if it does not say.
+    cached_tokens: Option<usize>,
     completion_tokens: usize,
 }
 

@@ -1,4 +1,5 @@
-//! Prompts that no two requests share a beginning of, so that no prefix is found in a cache by chance.
+//! Prompts that no two requests share a beginning of, nor those of a run of another size, so that no prefix is found in a
+//! cache by chance: only the same run a second time finds its prompts there.
 
 /// Common English words; almost all are one token each in the vocabularies of current models.
 #[rustfmt::skip]
@@ -14,7 +15,8 @@ const WORDS: [&str; 96] = [
 
 /// `count` prompts of `words` random words each; the same for the same arguments.
 pub(super) fn prompts(seed: u64, count: usize, words: usize) -> Vec<String> {
-    let mut random = fastrand::Rng::with_seed(seed);
+    let mut seeds = fastrand::Rng::with_seed(seed);
+    let mut random = fastrand::Rng::with_seed(seeds.u64(..) ^ (count as u64).rotate_left(32) ^ words as u64);
     let mut prompt = || {
         let words: Vec<&str> = (0..words).map(|_| WORDS[random.usize(..WORDS.len())]).collect();
         words.join(" ")
@@ -37,5 +39,7 @@ mod tests {
         begins.sort();
         begins.dedup();
         assert_eq!(begins.len(), 16);
+        let larger = prompts(1, 64, 20);
+        assert!(!larger.iter().any(|prompt| made.contains(prompt)));
     }
 }

@@ -15,6 +15,8 @@ use super::Answer;
 struct Summary {
     secs: f64,
     input_tokens: usize,
+    /// Of `input_tokens`, those that the server had computed before; `None` if it does not say.
+    cached_tokens: Option<usize>,
     output_tokens: usize,
     /// Seconds to the first piece of each answer.
     first: Vec<f64>,
@@ -32,6 +34,7 @@ impl Summary {
         Self {
             secs: total.as_secs_f64(),
             input_tokens: answers.iter().map(|answer| answer.prompt_tokens).sum(),
+            cached_tokens: answers.iter().map(|answer| answer.cached_tokens).sum(),
             output_tokens: answers.iter().map(|answer| answer.completion_tokens).sum(),
             first: answers.iter().filter_map(|answer| answer.arrivals.first().map(secs)).collect(),
             between: answers.iter().flat_map(gaps).collect(),
@@ -71,6 +74,7 @@ pub(super) fn write(
                 "concurrency": bench.concurrency,
                 "requests": answers.len(),
                 "input_tokens": summary.input_tokens,
+                "cached_tokens": summary.cached_tokens,
                 "output_tokens": summary.output_tokens,
                 "seconds": summary.secs,
                 "output_tokens_per_sec": summary.output_per_sec(),
@@ -90,6 +94,7 @@ fn table(bench: &HttpBench, summary: &Summary, requests: usize, out: &mut dyn Wr
         "streams",
         "requests",
         "tokens in",
+        "of these cached",
         "tokens out",
         "s",
         "out t/s",
@@ -101,6 +106,7 @@ fn table(bench: &HttpBench, summary: &Summary, requests: usize, out: &mut dyn Wr
         bench.concurrency.to_string(),
         requests.to_string(),
         summary.input_tokens.to_string(),
+        summary.cached_tokens.map_or_else(|| "unknown".to_owned(), |tokens| tokens.to_string()),
         summary.output_tokens.to_string(),
         format!("{:.2}", summary.secs),
         format!("{:.1}", summary.output_per_sec()),
@@ -121,10 +127,12 @@ mod tests {
         let answer = |arrivals: &[u64], completion_tokens| Answer {
             arrivals: arrivals.iter().map(|&at| ms(at)).collect(),
             prompt_tokens: 10,
+            cached_tokens: Some(4),
             completion_tokens,
         };
         let summary = Summary::of(&[answer(&[100, 110, 130], 3), answer(&[200], 1)], ms(500));
         assert_eq!((summary.output_per_sec(), summary.total_per_sec()), (8.0, 48.0));
+        assert_eq!((summary.input_tokens, summary.cached_tokens), (20, Some(8)));
         assert_eq!(summary.first, [0.1, 0.2]);
         assert_eq!(summary.between.iter().map(|gap| (gap * 1e3).round()).collect::<Vec<_>>(), [10.0, 20.0]);
     }
