@@ -334,8 +334,7 @@ impl DecoderLayer {
             return;
         }
         self.attention.attend(backend, step, cache, InputForm::Plain, ws);
-        let hidden = self.post_attention_norm.parameters();
-        ws.gather_outputs(backend, outputs, count, [hidden, self.attention.heads.q_width()]);
+        ws.gather_outputs(backend, outputs, count);
         self.finish(backend, count, ws, observe);
     }
 

@@ -13,6 +13,13 @@ pub struct StepSequence<'a> {
     pub block_table: &'a [u32],
 }
 
+impl StepSequence<'_> {
+    /// Blocks of the sequence after the step.
+    fn blocks(&self) -> usize {
+        (self.first_position + self.tokens.len()).div_ceil(KV_BLOCK_TOKENS)
+    }
+}
+
 /// Rows of a step whose final hidden states are wanted. The others are done when the last layer has their keys and
 /// values.
 #[derive(Debug, Clone, Copy)]
@@ -21,13 +28,6 @@ pub enum OutputRows<'a> {
     All,
     /// These, in this order; possibly none.
     Only(&'a [u32]),
-}
-
-impl StepSequence<'_> {
-    /// Blocks of the sequence after the step.
-    fn blocks(&self) -> usize {
-        (self.first_position + self.tokens.len()).div_ceil(KV_BLOCK_TOKENS)
-    }
 }
 
 /// Device buffers that describe a step: allocated once, refilled in place. Rows are the tokens of all sequences, one
@@ -122,12 +122,12 @@ impl StepInputs {
             OutputRows::All => &[],
             OutputRows::Only(rows) => rows,
         };
-        let outside = output_rows.iter().find(|&&row| row as usize >= rows);
-        assert!(
-            outside.is_none() && output_rows.len() <= rows,
-            "output {outside:?} of a step of {rows} rows"
-        );
-        backend.write_inputs(&mut [
+        let count = output_rows.len();
+        assert!(count <= max_rows, "{count} outputs of a step of up to {max_rows} rows");
+        for &row in output_rows {
+            assert!((row as usize) < rows, "output {row} of a step of {rows} rows");
+        }
+        let mut writes = [
             InputWrite::flat(&mut self.tokens, &staging.tokens),
             InputWrite::flat(&mut self.positions, &staging.positions),
             InputWrite::flat(&mut self.slots, &staging.slots),
@@ -140,10 +140,13 @@ impl StepInputs {
                 stride: self.max_blocks,
             },
             InputWrite::flat(&mut self.output_rows, output_rows),
-        ]);
+        ];
+        // The last is for some steps only: those that decode want all rows.
+        let needed = if count == 0 { writes.len() - 1 } else { writes.len() };
+        backend.write_inputs(&mut writes[..needed]);
         self.outputs = match outputs {
             OutputRows::All => None,
-            OutputRows::Only(rows) => Some(rows.len()),
+            OutputRows::Only(_) => Some(count),
         };
         self.rows = rows;
         self.sequences = sequences.len();

@@ -89,16 +89,14 @@ impl Workspace {
     ///
     /// # Panics
     /// There is no room for `count` rows.
-    pub(crate) fn gather_outputs(
-        &mut self,
-        backend: &dyn Backend,
-        indices: &Buffer,
-        count: usize,
-        [hidden, q_width]: [usize; 2],
-    ) {
-        assert!(count <= self.max_logit_rows, "{count} outputs of a workspace for {}", self.max_logit_rows);
-        backend.gather_rows(&self.residual, indices, count, hidden, &mut self.output_residual);
-        backend.gather_rows(&self.attention, indices, count, q_width, &mut self.output_attention);
+    pub(crate) fn gather_outputs(&mut self, backend: &dyn Backend, indices: &Buffer, count: usize) {
+        let most = self.max_logit_rows;
+        assert!(count <= most, "{count} outputs of a workspace for {most}");
+        let gather = |from: &Buffer, to: &mut Buffer| {
+            backend.gather_rows(from, indices, count, to.len() / most, to);
+        };
+        gather(&self.residual, &mut self.output_residual);
+        gather(&self.attention, &mut self.output_attention);
         self.exchange_outputs();
     }
 

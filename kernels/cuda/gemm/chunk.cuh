@@ -1,8 +1,6 @@
 // Sixteen consecutive activations of a row, the other half of whose block of 32 the neighbouring lane has.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "mx/prepare.cuh"
 
 namespace gemm {

@@ -91,26 +91,21 @@ MX_WGMMA(Operand::Bf16, "m64n256k16.f32.bf16.bf16", 256, 128, MX_R128, MX_D128, 
 template <Operand OPERAND, int N>
 struct SharedWgmma;
 
-template <>
-struct SharedWgmma<Operand::Bf16, 128> {
-    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MX_R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-                     : MX_D64
-                     : "l"(a), "l"(b), "r"(uint32_t(accumulate)));
+#define MX_SHARED_WGMMA(OPERAND, SHAPE_TYPES, N, COUNT, REGISTERS, LIST, A, B, P, TAIL)                                    \
+    template <>                                                                                                            \
+    struct SharedWgmma<OPERAND, N> {                                                                                       \
+        static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {           \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                 \
+                         "wgmma.mma_async.sync.aligned." SHAPE_TYPES " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1" TAIL ";\n}" \
+                         : LIST                                                                                            \
+                         : "l"(a), "l"(b), "r"(uint32_t(accumulate)));                                                     \
+        }                                                                                                                  \
     }
-};
 
-template <>
-struct SharedWgmma<Operand::E4m3, 192> {
-    static __device__ __forceinline__ void run(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" MX_R96 "}, %96, %97, p, 1, 1;\n}"
-                     : MX_D96
-                     : "l"(a), "l"(b), "r"(uint32_t(accumulate)));
-    }
-};
+MX_SHARED_WGMMA(Operand::Bf16, "m64n128k16.f32.bf16.bf16", 128, 64, MX_R64, MX_D64, 64, 65, 66, ", 0, 0");
+MX_SHARED_WGMMA(Operand::E4m3, "m64n192k32.f32.e4m3.e4m3", 192, 96, MX_R96, MX_D96, 96, 97, 98, "");
 
+#undef MX_SHARED_WGMMA
 #undef MX_WGMMA
 #undef MX_D128
 #undef MX_D96

@@ -121,7 +121,7 @@ struct HttpFlags {
     #[arg(long, value_name = "TOKENS", requires = "url", default_value_t = 128)]
     output_len: usize,
 
-    /// Chooses the prompts: another seed, other prompts. A server that keeps prefixes has the prompts of the same run before
+    /// Chooses the prompts: another seed, other prompts. A server that caches prefixes has those of the same run before
     #[arg(long, value_name = "N", requires = "url", default_value_t = 0)]
     seed: u64,
 }

@@ -32,8 +32,9 @@ pub(super) struct ModelRunner {
     graphs: DecodeGraphs,
     /// Whether the launched step has left the logits of its rows, one for each sequence, in the workspace.
     has_logits: bool,
-    /// Which rows of the launched step have hidden states.
+    /// Which rows of the launched step have hidden states, and which of these score prompts.
     outputs: Outputs,
+    prompt_rows: Vec<PromptRow>,
     /// Rows of the current chunk of logits; kept for its memory.
     rows: Vec<u32>,
 }
@@ -60,8 +61,9 @@ pub(super) struct StepOutput {
 }
 
 /// A prompt token to score: row `row` of the step predicts it.
+#[derive(Debug)]
 struct PromptRow {
-    row: u32,
+    row: usize,
     target: u32,
     /// Index of the sequence among the running ones.
     index: usize,
@@ -122,6 +124,7 @@ impl ModelRunner {
                 graphs,
                 has_logits: false,
                 outputs: Outputs::default(),
+                prompt_rows: Vec::new(),
                 rows,
                 backend,
                 model,
@@ -172,10 +175,12 @@ impl ModelRunner {
         if let Some((size, graph)) = recorded {
             steps.extend(self.graphs.padding(size - steps.len()));
             self.outputs.take_all();
+            self.prompt_rows.clear();
             self.step.fill(backend, &steps, OutputRows::All);
             backend.replay(graph);
         } else {
-            self.outputs.find(running, batch, self.workspace.max_logit_rows());
+            self.prompt_rows = prompt_rows(running, batch);
+            self.outputs.find(running, batch, &self.prompt_rows, self.workspace.max_logit_rows());
             self.step.fill(backend, &steps, self.outputs.of_step());
             self.model.forward(backend, &self.step, &mut self.kv_cache, &mut self.workspace);
         }
@@ -191,7 +196,7 @@ impl ModelRunner {
         output: &mut StepOutput,
     ) {
         self.sample(running, batch, constraints, output);
-        self.score_prompts(running, batch, output);
+        self.score_prompts(output);
         self.read_hidden(running, batch, output);
     }
 
@@ -229,13 +234,13 @@ impl ModelRunner {
         output.tokens.extend(output.drawn.iter().map(|drawn| drawn.token));
     }
 
-    /// Scores the prompt tokens that rows of this batch predict, for the sequences that want it.
-    fn score_prompts(&mut self, running: &[Sequence], batch: &Batch, output: &mut StepOutput) {
+    /// Scores the prompt tokens that rows of the step predict, for the sequences that want it.
+    fn score_prompts(&mut self, output: &mut StepOutput) {
         output.prompt_logprobs.clear();
-        let mut wanted = prompt_rows(running, batch);
-        wanted.iter_mut().for_each(|wanted| wanted.row = self.outputs.place(wanted.row as usize));
+        let wanted = std::mem::take(&mut self.prompt_rows);
         for chunk in wanted.chunks(self.workspace.max_logit_rows()) {
-            self.logits(chunk.iter().map(|wanted| wanted.row));
+            let places: Vec<u32> = chunk.iter().map(|wanted| self.outputs.place(wanted.row)).collect();
+            self.logits(places.into_iter());
             let mut first = 0;
             // One call for as many alternatives; neighbours in the batch usually ask for the same number.
             for group in chunk.chunk_by(|a, b| a.top == b.top) {
@@ -283,10 +288,10 @@ impl Outputs {
         self.are_all = true;
     }
 
-    /// Rows from which `batch` draws, scores or pools; all of them if these are more than `most`.
-    fn find(&mut self, running: &[Sequence], batch: &Batch, most: usize) {
+    /// Rows from which `batch` draws or pools, and those of `scoring`; all of them if these are more than `most`.
+    fn find(&mut self, running: &[Sequence], batch: &Batch, scoring: &[PromptRow], most: usize) {
         self.rows.clear();
-        self.rows.extend(prompt_rows(running, batch).iter().map(|wanted| wanted.row));
+        self.rows.extend(scoring.iter().map(|wanted| wanted.row as u32));
         let mut end = 0;
         for item in &batch.items {
             end += item.tokens;
@@ -352,7 +357,7 @@ fn prompt_rows(running: &[Sequence], batch: &Batch) -> Vec<PromptRow> {
             let computed = sequence.computed();
             let predicting = computed.max(unscored)..(computed + item.tokens).min(sequence.prompt_len() - 1);
             wanted.extend(predicting.map(|position| PromptRow {
-                row: (first_row + position - computed) as u32,
+                row: first_row + position - computed,
                 target: sequence.tokens()[position + 1],
                 index: item.index,
                 top,
