@@ -9,7 +9,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use kernels::{
-    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, InputForm, KvCacheDtype, PagedKv,
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, HostSpans, InputForm, KvCacheDtype,
+    PagedKv,
 };
 
 /// Heads of SmolLM2-135M and of Llama-3.2-1B.
@@ -104,14 +105,16 @@ fn measure(
         backend.rope_and_cache(&mut qkv, heads, &rope, None, &slots, all, cache);
     }
     let query_start: Vec<u32> = (0..=sequences).map(|s| (s * tokens) as u32).collect();
+    let contexts = vec![context as u32; sequences];
     let tables: Vec<u32> = (0..(blocks * sequences) as u32).collect();
     let inputs = AttentionInputs {
         rows,
         sequences,
         query_start: &u32s(backend, &query_start),
-        context_lens: &u32s(backend, &vec![context as u32; sequences]),
+        context_lens: &u32s(backend, &contexts),
         block_tables: &u32s(backend, &tables),
         max_blocks: blocks,
+        host: HostSpans { query_start: &query_start, context_lens: &contexts },
     };
     let mut out = float(rows * heads.q_width());
     let mut next = 0;

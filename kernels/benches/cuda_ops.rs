@@ -12,7 +12,7 @@ mod synthetic;
 use std::time::Instant;
 
 use kernels::{
-    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, InputForm, KV_BLOCK_TOKENS,
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, HostSpans, InputForm, KV_BLOCK_TOKENS,
     KvCacheDtype, PagedKv, SampleParams, open,
 };
 
@@ -136,6 +136,7 @@ fn attention(
         context_lens: &integers(gpu, &contexts),
         block_tables: &integers(gpu, &tables),
         max_blocks,
+        host: HostSpans { query_start: &starts, context_lens: &contexts },
     };
     time(gpu, &mut |i| {
         gpu.paged_attention(

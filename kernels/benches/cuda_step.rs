@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use kernels::mx::Scheme;
 use kernels::{
-    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, KV_BLOCK_TOKENS, KvCacheDtype,
-    PagedKv, Weight,
+    AttentionInputs, Backend, Buffer, Component, Device, Dtype, Heads, HostSpans, KV_BLOCK_TOKENS,
+    KvCacheDtype, PagedKv, Weight,
 };
 
 use synthetic::{noise, upload};
@@ -110,6 +110,8 @@ struct Step<'a> {
     sequences: usize,
     context: usize,
     slots: Buffer,
+    starts: Vec<u32>,
+    contexts: Vec<u32>,
     query_start: Buffer,
     context_lens: Buffer,
     block_tables: Buffer,
@@ -139,6 +141,8 @@ impl<'a> Step<'a> {
         };
         // The last ones of the sequence's context.
         let slot = |row: usize| ((row / each + 1) * context - each + row % each) as u32;
+        let starts: Vec<u32> = (0..=sequences).map(|sequence| (sequence * each) as u32).collect();
+        let contexts = vec![context as u32; sequences];
         let cache = |_| gpu.alloc_kv(sequences * blocks, HEADS, KvCacheDtype::Bf16).expect("memory");
         Self {
             gpu,
@@ -146,8 +150,10 @@ impl<'a> Step<'a> {
             sequences,
             context,
             slots: integers((0..rows).map(slot).collect()),
-            query_start: integers((0..=sequences).map(|sequence| (sequence * each) as u32).collect()),
-            context_lens: integers(vec![context as u32; sequences]),
+            query_start: integers(starts.clone()),
+            context_lens: integers(contexts.clone()),
+            starts,
+            contexts,
             block_tables: integers((0..(sequences * blocks) as u32).collect()),
             caches: (0..LAYERS).map(cache).collect(),
             rope: floats(Dtype::F32, HEADS.dim),
@@ -195,6 +201,7 @@ impl<'a> Step<'a> {
                 context_lens: &self.context_lens,
                 block_tables: &self.block_tables,
                 max_blocks: context / KV_BLOCK_TOKENS,
+                host: HostSpans { query_start: &self.starts, context_lens: &self.contexts },
             };
             let form = form(&layer.output);
             gpu.paged_attention(&self.qkv, HEADS, 0.088, None, &inputs, cache, form, &mut self.attention);

@@ -139,8 +139,20 @@ pub struct AttentionInputs<'a> {
     pub context_lens: &'a Buffer,
     /// U32 `[S, max_blocks]`: block numbers of each sequence, in position order.
     pub block_tables: &'a Buffer,
-    /// Row stride of `block_tables`.
+    /// Row stride of `block_tables`: no sequence has more blocks.
     pub max_blocks: usize,
+    /// `query_start` and `context_lens` as the host knows them, for devices that cut the work of sequences with several rows
+    /// by their sizes. Of a recorded step they are those with which it was recorded.
+    pub host: HostSpans<'a>,
+}
+
+/// The sizes of [`AttentionInputs`], on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct HostSpans<'a> {
+    /// `[S + 1]`.
+    pub query_start: &'a [u32],
+    /// `[S]`.
+    pub context_lens: &'a [u32],
 }
 
 /// Per-head RMS norm of q and k before RoPE (Qwen3).

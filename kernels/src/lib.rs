@@ -18,8 +18,8 @@ pub mod tile;
 mod weight;
 
 pub use backend::{
-    AttentionInputs, Backend, DenseDtype, Device, DeviceMemory, HeadNorm, Heads, InputWrite, KV_BLOCK_TOKENS,
-    LinearKernel, PagedKv, SampleParams, TokenLogprobs, WeightSource, open,
+    AttentionInputs, Backend, DenseDtype, Device, DeviceMemory, HeadNorm, Heads, HostSpans, InputWrite,
+    KV_BLOCK_TOKENS, LinearKernel, PagedKv, SampleParams, TokenLogprobs, WeightSource, open,
 };
 pub use buffer::{Buffer, Component, Dtype, MemoryAccount};
 pub use cpu::PlainRead;

@@ -1,6 +1,6 @@
 //! The inputs of one step: which tokens of which sequences, and where their keys and values go.
 
-use kernels::{AttentionInputs, Backend, Buffer, Component, Dtype, InputWrite, KV_BLOCK_TOKENS};
+use kernels::{AttentionInputs, Backend, Buffer, Component, Dtype, HostSpans, InputWrite, KV_BLOCK_TOKENS};
 
 /// The part of a sequence that one step computes.
 #[derive(Debug, Clone, Copy)]
@@ -181,6 +181,10 @@ impl StepInputs {
             context_lens: &self.context_lens,
             block_tables: &self.block_tables,
             max_blocks: self.max_blocks,
+            host: HostSpans {
+                query_start: &self.staging.query_start,
+                context_lens: &self.staging.context_lens,
+            },
         }
     }
 }

@@ -95,7 +95,8 @@ impl ModelRunner {
         let mut workspace = Workspace::new(device, model.as_ref(), max_tokens, logit_rows)?;
         let sampler = Sampler::new(device, config.vocab_size, logit_rows)?;
         if device.captures() {
-            warm_up(device, model.as_ref(), &mut workspace, max_tokens, dtype)?;
+            let longest = options.max_model_len.unwrap_or(config.max_model_len);
+            warm_up(device, model.as_ref(), &mut workspace, [max_tokens, longest], dtype)?;
         }
         let needs = ModelNeeds::of(device, model.as_ref(), dtype)?;
         let sizes = options.sizes(needs, &device.description())?;
@@ -326,18 +327,19 @@ fn pooled_rows(sequence: &Sequence, tokens: usize) -> usize {
     }
 }
 
-/// Runs the largest step, so that all scratch memory has been allocated when the memory that is left is measured.
+/// Runs the largest step, of sequences of up to `longest` tokens, so that all scratch memory has been allocated when the
+/// memory that is left is measured.
 fn warm_up(
     backend: &dyn Backend,
     model: &dyn Model,
     workspace: &mut Workspace,
-    max_tokens: usize,
+    [max_tokens, longest]: [usize; 2],
     dtype: KvCacheDtype,
 ) -> kernels::Result<()> {
     let tokens = vec![0; max_tokens];
     let block_table = vec![0; blocks_for(max_tokens)];
     let mut kv_cache = KvCache::new(backend, model.config(), 1, dtype)?;
-    let mut step = StepInputs::new(backend, max_tokens, 1, block_table.len())?;
+    let mut step = StepInputs::new(backend, max_tokens, 1, blocks_for(longest).max(block_table.len()))?;
     let longest = StepSequence { tokens: &tokens, first_position: 0, block_table: &block_table };
     step.fill(backend, &[longest], OutputRows::All);
     model.forward(backend, &step, &mut kv_cache, workspace);

@@ -1,7 +1,7 @@
 //! Attention and its cache.
 
 use super::*;
-use crate::backend::KV_BLOCK_TOKENS;
+use crate::backend::{HostSpans, KV_BLOCK_TOKENS};
 use crate::input_form::InputForm;
 
 #[test]
@@ -69,6 +69,7 @@ fn run_attention(
             context_lens: &upload_u32(backend, &contexts),
             block_tables: &upload_u32(backend, &step_tables),
             max_blocks,
+            host: HostSpans { query_start: &query_start, context_lens: &contexts },
         };
         backend.paged_attention(&x, heads, 0.2, window, &inputs, &cache, InputForm::Plain, &mut y);
         let y = read(backend, &y);

@@ -1,4 +1,5 @@
-//! Launchers of the kernels of `attention_decode.cuh`, `attention_prefill.cuh` and `attention_prefill_wgmma.cuh`.
+//! Launchers of the kernels of `attention_decode.cuh`, `attention_prefill.cuh`, `attention_prefill_wgmma.cu` and
+//! `kv_expand.cu`.
 
 use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
@@ -6,10 +7,11 @@ use std::sync::Arc;
 
 use super::kv::{KvKernels, head_block_bytes, kv_addresses};
 use super::{WARP, address, int, output_address};
-use crate::backend::{AttentionInputs, Heads, KV_BLOCK_TOKENS, PagedKv};
+use crate::backend::{AttentionInputs, Heads, HostSpans, KV_BLOCK_TOKENS, PagedKv};
 use crate::buffer::{Buffer, Charge, Component, Dtype, MemoryAccount};
 use crate::cuda::gemm::PreparationArgument;
 use crate::cuda::launch::Argument;
+use crate::cuda::memory;
 use crate::cuda::{Context, DeviceBuffer, DevicePtr, Function, Launch};
 use crate::error::Result;
 use crate::input_form::InputForm;
@@ -25,11 +27,16 @@ const RESULT_PADDING: usize = 4;
 const DECODE_STAGES: usize = 2;
 const MX_DECODE_STAGES: usize = 4;
 
-/// `ROWS`, `KEYS` and `STAGES` of `attention_prefill_wgmma.cuh`, and `RAW_STAGES` of its producer for MX.
+/// `ROWS`, `KEYS` and `STAGES` of `attention_prefill_wgmma.cu`.
 const WGMMA_ROWS: usize = 128;
 const WGMMA_KEYS: usize = 128;
 const WGMMA_STAGES: usize = 2;
-const RAW_STAGES: usize = 3;
+
+/// Blocks of MX caches that are expanded together, at least: of so many tokens that a step of prompts is a few launches. And most
+/// sequences that they are of.
+const LEAST_EXPANDED_BLOCKS: usize = 16_384 / KV_BLOCK_TOKENS;
+const EXPANDED_SEQUENCES: usize = 256;
+const EXPAND_THREADS: u32 = 256;
 
 /// Chunks that a row's keys are cut into, for all tiles of its heads together: enough that one row fills the device.
 const ROW_CHUNKS: usize = 128;
@@ -50,6 +57,8 @@ pub(crate) struct AttentionOperator {
     /// For the caches that were reserved.
     loaded: RefCell<Vec<Loaded>>,
     scratch: RefCell<Option<Scratch>>,
+    /// BF16 caches of prompts whose own ones are MX.
+    expanded: RefCell<memory::Scratch>,
 }
 
 /// The kernels for a kind of cache.
@@ -58,6 +67,7 @@ struct Loaded {
     kernels: &'static KvKernels,
     decode: Function,
     prefill: Prefill,
+    expand: Option<Function>,
 }
 
 /// The kernel for sequences with several rows.
@@ -71,19 +81,15 @@ struct Prefill {
 }
 
 impl Prefill {
-    fn new(context: &Context, kernels: &KvKernels, dtype: KvCacheDtype, dim: usize) -> Self {
+    fn new(context: &Context, kernels: &KvKernels, dim: usize) -> Self {
         let kernel = context.function(kernels.prefill);
         if !kernels.has_wgmma {
             // Queries, two stages of keys and two of values, 64 rows each.
             return Self { kernel, rows: 64, threads: 128, shared_bytes: 5 * 64 * dim * 2 };
         }
-        // Queries, keys and values in BF16, what comes of the cache before it is that, and barriers.
+        // Queries, keys and values, and barriers.
         let tiles = (WGMMA_ROWS + 2 * WGMMA_STAGES * WGMMA_KEYS) * dim * 2;
-        let raw = match dtype.cast() {
-            Some(_) => RAW_STAGES * WGMMA_KEYS / KV_BLOCK_TOKENS * head_block_bytes(dtype, dim),
-            None => 0,
-        };
-        Self { kernel, rows: WGMMA_ROWS, threads: 384, shared_bytes: tiles + raw + RESERVED_BYTES }
+        Self { kernel, rows: WGMMA_ROWS, threads: 384, shared_bytes: tiles + RESERVED_BYTES }
     }
 }
 
@@ -96,6 +102,7 @@ struct Scratch {
 }
 
 /// `AttentionArguments` of `attention.cuh`.
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct AttentionArguments {
     qkv: DevicePtr,
@@ -116,6 +123,53 @@ struct AttentionArguments {
 
 // SAFETY: seven addresses, a float, integers, a structure of numbers and what C pads them with.
 unsafe impl Argument for AttentionArguments {}
+
+/// `ExpandedCache` of `kv_expand.cu`.
+#[repr(C)]
+struct ExpandedCache {
+    keys: DevicePtr,
+    values: DevicePtr,
+    block_tables: DevicePtr,
+}
+
+// SAFETY: three addresses.
+unsafe impl Argument for ExpandedCache {}
+
+/// Neighbouring sequences whose contexts are expanded together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Group {
+    /// The first of them, and how many they are.
+    first: usize,
+    sequences: usize,
+    rows: usize,
+    /// Blocks of those with more than one row.
+    blocks: usize,
+}
+
+impl Group {
+    /// All sequences, in groups of up to `most` blocks, which no sequence has more of, and [`EXPANDED_SEQUENCES`] sequences.
+    fn all(host: HostSpans<'_>, most: usize) -> Vec<Self> {
+        let mut groups = vec![Self::default()];
+        for (first, (rows, context)) in host.query_start.windows(2).zip(host.context_lens).enumerate() {
+            let rows = (rows[1] - rows[0]) as usize;
+            let blocks = if rows > 1 { (*context as usize).div_ceil(KV_BLOCK_TOKENS) } else { 0 };
+            assert!(blocks <= most, "{blocks} blocks of a sequence in a table of {most}");
+            let full = groups
+                .last()
+                .is_some_and(|last| last.blocks + blocks > most || last.sequences == EXPANDED_SEQUENCES);
+            if full {
+                groups.push(Self { first, ..Self::default() });
+            }
+            if let Some(last) = groups.last_mut() {
+                last.sequences += 1;
+                last.rows += rows;
+                last.blocks += blocks;
+            }
+        }
+        groups.retain(|group| group.blocks > 0);
+        groups
+    }
+}
 
 /// `DecodeSplit` of `attention_decode.cu`.
 #[repr(C)]
@@ -169,6 +223,7 @@ impl AttentionOperator {
         Self {
             loaded: RefCell::default(),
             scratch: RefCell::new(None),
+            expanded: RefCell::new(memory::Scratch::new(context, memory, "expanded KV caches")),
             context: Arc::clone(context),
             memory: Arc::clone(memory),
         }
@@ -189,8 +244,9 @@ impl AttentionOperator {
         if loaded.iter().all(|loaded| !loaded.kernels.are_for(dtype, heads.dim)) {
             let kernels = KvKernels::find(dtype, heads.dim).expect("a cache that the device supports");
             let decode = self.context.function(kernels.decode);
-            let prefill = Prefill::new(&self.context, kernels, dtype, heads.dim);
-            loaded.push(Loaded { kernels, decode, prefill });
+            let prefill = Prefill::new(&self.context, kernels, heads.dim);
+            let expand = kernels.expand.map(|name| self.context.function(name));
+            loaded.push(Loaded { kernels, decode, prefill, expand });
         }
         let cut = self.cut(dtype, heads);
         let mut scratch = self.scratch.borrow_mut();
@@ -259,14 +315,16 @@ impl AttentionOperator {
         };
         // Every sequence has at least one row: with as many rows as sequences, none has more.
         if rows > sequences {
-            let Prefill { kernel, rows: tile, threads, shared_bytes } = &loaded.prefill;
-            // A tile for each started `tile` rows of a sequence: no more than this, if sequences have more than one row.
-            let tiles = rows.div_ceil(*tile) + sequences.min(rows / 2);
-            let launch =
-                Launch::new(1, *threads).grid([q as u32, tiles as u32, 1]).shared(*shared_bytes as u32);
             // SAFETY: every buffer has the elements checked above; tables, lengths and block numbers are of this cache,
             // as every caller of this operator promises.
-            unsafe { self.context.launch(kernel, &launch, &[&arguments, &int(sequences)]) };
+            unsafe {
+                match &loaded.expand {
+                    None => self.prefill(&loaded.prefill, &arguments, rows, sequences),
+                    Some(expand) => {
+                        self.prefill_expanded(&loaded.prefill, expand, &arguments, heads, inputs.host);
+                    }
+                }
+            }
         }
         let cut = self.cut(cache.dtype, heads);
         let blocks = cut.blocks.min(sequences * cut.tiles * cut.max_chunks);
@@ -287,11 +345,88 @@ impl AttentionOperator {
         unsafe { self.context.launch(&loaded.decode, &launch, &[&arguments, &split]) };
         out.set_form(form);
     }
+
+    /// Attention of the sequences with more than one row, of `sequences` with `rows` rows together.
+    ///
+    /// # Safety
+    /// `arguments` has them.
+    unsafe fn prefill(
+        &self,
+        prefill: &Prefill,
+        arguments: &AttentionArguments,
+        rows: usize,
+        sequences: usize,
+    ) {
+        let Prefill { kernel, rows: tile, threads, shared_bytes } = prefill;
+        // A tile for each started `tile` rows of a sequence: no more than this, if sequences have more than one row.
+        let tiles = rows.div_ceil(*tile) + sequences.min(rows / 2);
+        let grid = [arguments.q_heads as u32, tiles as u32, 1];
+        let launch = Launch::new(1, *threads).grid(grid).shared(*shared_bytes as u32);
+        // SAFETY: the caller's promise; the kernel waits for its inputs.
+        unsafe { self.context.launch(kernel, &launch, &[arguments, &int(sequences)]) };
+    }
+
+    /// As [`Self::prefill`], over an MX cache, which `expand` makes a BF16 one in scratch, as many sequences at a time as have
+    /// room there.
+    ///
+    /// # Safety
+    /// As there; `host` says the same.
+    unsafe fn prefill_expanded(
+        &self,
+        prefill: &Prefill,
+        expand: &Function,
+        arguments: &AttentionArguments,
+        heads: Heads,
+        host: HostSpans<'_>,
+    ) {
+        let max_blocks = arguments.max_blocks as usize;
+        let most = max_blocks.max(LEAST_EXPANDED_BLOCKS);
+        let bytes = most * heads.kv * head_block_bytes(KvCacheDtype::Bf16, heads.dim);
+        let tables = EXPANDED_SEQUENCES * max_blocks * size_of::<u32>();
+        let keys = self.expanded.borrow_mut().reserve(2 * bytes + tables);
+        let cache =
+            ExpandedCache { keys, values: keys + bytes as u64, block_tables: keys + 2 * bytes as u64 };
+        for Group { first, sequences, rows, blocks } in Group::all(host, most) {
+            let u32s = |address, index: usize| address + (index * size_of::<u32>()) as u64;
+            let stored = AttentionArguments {
+                query_start: u32s(arguments.query_start, first),
+                context_lens: u32s(arguments.context_lens, first),
+                block_tables: u32s(arguments.block_tables, first * max_blocks),
+                ..*arguments
+            };
+            let expanded = AttentionArguments {
+                k_cache: cache.keys,
+                v_cache: cache.values,
+                block_tables: cache.block_tables,
+                ..stored
+            };
+            let launch = Launch::new(1, EXPAND_THREADS).grid([blocks as u32, 2, 1]);
+            // SAFETY: the scratch has room for the group's blocks and tables; the kernels wait for their inputs, and for
+            // those who read the scratch before.
+            unsafe {
+                self.context.launch(expand, &launch, &[&stored, &int(sequences), &cache]);
+                self.prefill(prefill, &expanded, rows, sequences);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn contexts_are_expanded_in_groups_that_have_room() {
+        // 40 rows of 40, one of 1000, 2 of 33, 30 of 64, and one of 5.
+        let host = HostSpans { query_start: &[0, 40, 41, 43, 73, 74], context_lens: &[40, 1000, 33, 64, 5] };
+        let group = |first, sequences, rows, blocks| Group { first, sequences, rows, blocks };
+        assert_eq!(Group::all(host, 10), [group(0, 5, 74, 10)]);
+        assert_eq!(Group::all(host, 9), [group(0, 3, 43, 6), group(3, 2, 31, 4)]);
+        assert_eq!(Group::all(host, 4), [group(0, 2, 41, 3), group(2, 1, 2, 3), group(3, 2, 31, 4)]);
+        let decode: Vec<u32> = (0..=300).collect();
+        let host = HostSpans { query_start: &decode, context_lens: &[100; 300] };
+        assert_eq!(Group::all(host, 10), []);
+    }
 
     #[test]
     fn work_is_cut_by_heads() {

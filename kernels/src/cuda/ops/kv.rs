@@ -14,42 +14,61 @@ pub(super) struct KvKernels {
     pub(super) rope: &'static str,
     pub(super) decode: &'static str,
     pub(super) prefill: &'static str,
-    /// Whether `prefill` is of `attention_prefill_wgmma.cuh`; else of `attention_prefill.cuh`.
+    /// Whether `prefill` is of `attention_prefill_wgmma.cu`; else of `attention_prefill.cuh`.
     pub(super) has_wgmma: bool,
+    /// What turns the cache into the BF16 one that `prefill` reads, where it does not read this one.
+    pub(super) expand: Option<&'static str>,
 }
 
 /// A row of [`KERNELS`]; `$infix` is the type's part of the names.
 macro_rules! kernels {
-    ($dtype:ident, $infix:literal, $dim:literal, $prefill:literal) => {
+    ($dtype:ident, $infix:literal, $dim:literal, prefill) => {
+        kernels!($dtype, $infix, $dim, concat!("ops_attention_prefill_", $infix, $dim), false, None)
+    };
+    ($dtype:ident, $infix:literal, $dim:literal, wgmma) => {
+        kernels!($dtype, $infix, $dim, concat!("ops_attention_prefill_wgmma_", $dim), true, None)
+    };
+    ($dtype:ident, $infix:literal, $dim:literal, expanded_wgmma) => {
+        kernels!(
+            $dtype,
+            $infix,
+            $dim,
+            concat!("ops_attention_prefill_wgmma_", $dim),
+            true,
+            Some(concat!("ops_kv_expand_", $infix, $dim))
+        )
+    };
+    ($dtype:ident, $infix:literal, $dim:literal, $prefill:expr, $has_wgmma:literal, $expand:expr) => {
         KvKernels {
             dtype: KvCacheDtype::$dtype,
             dim: $dim,
             rope: concat!("ops_rope_and_cache_", $infix, $dim),
             decode: concat!("ops_attention_decode_", $infix, $dim),
-            prefill: concat!("ops_attention_", $prefill, "_", $infix, $dim),
-            has_wgmma: $prefill.len() > "prefill".len(),
+            prefill: $prefill,
+            has_wgmma: $has_wgmma,
+            expand: $expand,
         }
     };
 }
 
 const KERNELS: [KvKernels; 17] = [
-    kernels!(Bf16, "", 16, "prefill"),
-    kernels!(Bf16, "", 32, "prefill"),
-    kernels!(Bf16, "", 64, "prefill_wgmma"),
-    kernels!(Bf16, "", 96, "prefill"),
-    kernels!(Bf16, "", 128, "prefill_wgmma"),
-    kernels!(Bf16, "", 256, "prefill"),
-    kernels!(Mxfp8, "mxfp8_", 32, "prefill"),
-    kernels!(Mxfp8, "mxfp8_", 64, "prefill_wgmma"),
-    kernels!(Mxfp8, "mxfp8_", 128, "prefill_wgmma"),
-    kernels!(Mxfp8, "mxfp8_", 256, "prefill"),
-    kernels!(Mxint8, "mxint8_", 32, "prefill"),
-    kernels!(Mxint8, "mxint8_", 64, "prefill_wgmma"),
-    kernels!(Mxint8, "mxint8_", 128, "prefill_wgmma"),
-    kernels!(Mxint8, "mxint8_", 256, "prefill"),
-    kernels!(Mxfp4, "mxfp4_", 64, "prefill_wgmma"),
-    kernels!(Mxfp4, "mxfp4_", 128, "prefill_wgmma"),
-    kernels!(Mxfp4, "mxfp4_", 256, "prefill"),
+    kernels!(Bf16, "", 16, prefill),
+    kernels!(Bf16, "", 32, prefill),
+    kernels!(Bf16, "", 64, wgmma),
+    kernels!(Bf16, "", 96, prefill),
+    kernels!(Bf16, "", 128, wgmma),
+    kernels!(Bf16, "", 256, prefill),
+    kernels!(Mxfp8, "mxfp8_", 32, prefill),
+    kernels!(Mxfp8, "mxfp8_", 64, expanded_wgmma),
+    kernels!(Mxfp8, "mxfp8_", 128, expanded_wgmma),
+    kernels!(Mxfp8, "mxfp8_", 256, prefill),
+    kernels!(Mxint8, "mxint8_", 32, prefill),
+    kernels!(Mxint8, "mxint8_", 64, expanded_wgmma),
+    kernels!(Mxint8, "mxint8_", 128, expanded_wgmma),
+    kernels!(Mxint8, "mxint8_", 256, prefill),
+    kernels!(Mxfp4, "mxfp4_", 64, expanded_wgmma),
+    kernels!(Mxfp4, "mxfp4_", 128, expanded_wgmma),
+    kernels!(Mxfp4, "mxfp4_", 256, prefill),
 ];
 
 impl KvKernels {
@@ -127,7 +146,8 @@ mod tests {
     fn kernels_are_named_as_their_files_say() {
         let kernels = KvKernels::find(KvCacheDtype::Mxint8, 64).expect("kernels for mxint8");
         assert_eq!(kernels.rope, "ops_rope_and_cache_mxint8_64");
-        assert_eq!((kernels.prefill, kernels.has_wgmma), ("ops_attention_prefill_wgmma_mxint8_64", true));
+        assert_eq!((kernels.prefill, kernels.has_wgmma), ("ops_attention_prefill_wgmma_64", true));
+        assert_eq!(kernels.expand, Some("ops_kv_expand_mxint8_64"));
         let kernels = KvKernels::find(KvCacheDtype::Bf16, 96).expect("kernels for bf16");
         assert_eq!(kernels.decode, "ops_attention_decode_96");
         assert_eq!((kernels.prefill, kernels.has_wgmma), ("ops_attention_prefill_96", false));

@@ -3,8 +3,8 @@
 use std::iter::once;
 
 use kernels::{
-    AttentionInputs, Backend, Buffer, Dtype, HeadNorm, Heads, InputForm, KV_BLOCK_TOKENS, KvCacheDtype,
-    PagedKv,
+    AttentionInputs, Backend, Buffer, Dtype, HeadNorm, Heads, HostSpans, InputForm, KV_BLOCK_TOKENS,
+    KvCacheDtype, PagedKv,
 };
 
 use crate::common::{
@@ -114,6 +114,7 @@ impl Sequences {
             context_lens: &integers(backend, &context_lens),
             block_tables: &integers(backend, &tables),
             max_blocks,
+            host: HostSpans { query_start: &query_start, context_lens: &context_lens },
         };
         let scale = (heads.dim as f32).sqrt().recip();
         backend.paged_attention(&qkv, heads, scale, self.window, &inputs, cache, form, &mut out);
