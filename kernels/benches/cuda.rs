@@ -34,7 +34,7 @@ const SCHEMES: [&str; 9] =
 const MAX_RESULT: usize = 1 << 28;
 
 /// Rows of the input.
-const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192];
+const ROWS: [usize; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
 
 /// Bytes that an H200 reads per second, measured with a kernel that does nothing else.
 const READ_BYTES_PER_SEC: f64 = 4.458e12;

@@ -2,25 +2,23 @@
 // nearest even for E4M3 with scales below the row's largest.
 //
 // The result is what wgmma reads in shared memory: for each 128 rows and 128 of K, 16 KiB in the 128-byte swizzle. Within
-// each 16 columns the order is that in which lanes hold tiles: columns 2t, 2t + 1, 2t + 8, 2t + 9 are together. The
-// activations of quantize_to_e4m3 have that order along K too.
+// each 16 columns the order is that of activations in E4M3: see `mx::lane_order`.
 
 #include "mx/tile.cuh"
 #include "ptx/launch.cuh"
 
 namespace {
 
-/// BF16 pairs `low` and `high`, times `factor`, as four E4M3.
+/// BF16 pairs `low` and `high`, times `factor`, as four E4M3 in `mx::lane_order`.
 __device__ __forceinline__ uint32_t to_e4m3(uint32_t low, uint32_t high, float factor) {
-    uint16_t pairs[2];
-    const uint32_t words[2] = {low, high};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-            : "=h"(pairs[i])
-            : "f"(__uint_as_float(words[i] & 0xFFFF0000u) * factor), "f"(__uint_as_float(words[i] << 16) * factor));
-    }
-    return pairs[0] | uint32_t(pairs[1]) << 16;
+    uint16_t first, second;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(first)
+        : "f"(__uint_as_float(low << 16) * factor), "f"(__uint_as_float(high << 16) * factor));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(second)
+        : "f"(__uint_as_float(low & 0xFFFF0000u) * factor), "f"(__uint_as_float(high & 0xFFFF0000u) * factor));
+    return first | uint32_t(second) << 16;
 }
 
 /// Transposes the 4 x 4 words of lanes 4g .. 4g + 3: word i of lane 4g + t becomes word t of lane 4g + i.

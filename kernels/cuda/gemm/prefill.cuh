@@ -2,8 +2,8 @@
 //
 // The product is computed as its transpose: weights are the 64-row operand of wgmma, which may be in registers, and tokens
 // its columns. So packed weights stay packed until they are in the registers that multiply: they come as the tiles of 16
-// rows x 64 columns that hold, lane by lane, the fragment of one warp. Weights expanded to E4M3 come as shared memory is
-// to hold them.
+// rows x 64 columns that hold, lane by lane, the fragment of one warp, and become BF16 there, or E4M3. Weights expanded to
+// E4M3 before come as shared memory is to hold them.
 //
 //   warpgroup 0    one thread of each warp fills the stages: boxes of X by tensor map, weights by bulk copies
 //   the GROUPS others  64 rows of W each by TOKENS rows of X; accumulators stay in registers
@@ -18,6 +18,7 @@
 #include "gemm/prefill_parts.cuh"
 #include "gemm/prefill_store.cuh"
 #include "mx/tile.cuh"
+#include "mx/tile_e4m3.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/launch.cuh"
@@ -52,10 +53,11 @@ struct Layout {
     static constexpr int STAGE_TILES = BOXES * BOX_TILES;
     static constexpr int X_BYTES = BOXES * BOX_BYTES;
     static constexpr int W_BYTES = ROW_TILES * STAGE_TILES * Weights::TILE_BYTES;
-    static constexpr int OTHER_BYTES = GROUPS * STAGING_BYTES + 1024 + 256;
+    static constexpr int TABLE_BYTES = Weights::OPERAND == Operand::E4m3 && !Weights::IS_EXPANDED ? tile::E4M3_TABLE_BYTES : 0;
+    static constexpr int OTHER_BYTES = GROUPS * STAGING_BYTES + TABLE_BYTES + 1024 + 128;
     static constexpr int MOST_STAGES = (SHARED_BYTES - OTHER_BYTES) / (X_BYTES + W_BYTES);
     static constexpr int STAGES = MOST_STAGES < 8 ? MOST_STAGES : 8;
-    static_assert(STAGES >= 3 && W_BYTES % 128 == 0);
+    static_assert(STAGES >= 3 && W_BYTES % 128 == 0 && (TABLE_BYTES == 0 || W_BYTES % tile::E4M3_TABLE_BYTES == 0));
     /// Parts of K are whole stages.
     static __device__ __forceinline__ uint32_t first_tile(uint32_t k_tiles, uint32_t part, uint32_t parts) {
         return min((k_tiles + STAGE_TILES - 1) / STAGE_TILES * part / parts * STAGE_TILES, k_tiles);
@@ -98,11 +100,12 @@ struct Prefill {
     static constexpr int ROW_TILES = L::ROW_TILES, ROWS = ROW_TILES * TILE_ROWS, CONSUMER_WARPS = 4 * GROUPS;
     /// Named barrier of the exchange of parts, after those of the store.
     static constexpr uint32_t PARTS_BARRIER = STAGING_BARRIER + GROUPS;
-    static constexpr bool IS_EXPANDED = Weights::OPERAND == Operand::E4m3;
+    static constexpr bool IS_E4M3 = Weights::OPERAND == Operand::E4m3, IS_EXPANDED = Weights::IS_EXPANDED;
+    static constexpr bool IS_DECODED_TO_E4M3 = IS_E4M3 && !IS_EXPANDED;
 
     const PrefillArgs& args;
     const uint8_t* w_stages;
-    uint32_t x_stages, staging, full, empty;
+    uint32_t x_stages, staging, full, empty, table;
     uint32_t rank;
     Schedule schedule;
 
@@ -112,7 +115,8 @@ struct Prefill {
         const uint32_t start = ptx::shared_address(shared);
         x_stages = (start + 1023) & ~1023u;
         w_stages = shared + (x_stages - start) + STAGES * L::X_BYTES;
-        staging = x_stages + STAGES * (L::X_BYTES + L::W_BYTES);
+        table = x_stages + STAGES * (L::X_BYTES + L::W_BYTES);
+        staging = table + L::TABLE_BYTES;
         full = staging + GROUPS * STAGING_BYTES;
         empty = full + STAGES * 8;
         rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
@@ -130,6 +134,9 @@ struct Prefill {
                 ptx::barrier_init(empty + 8 * s, CONSUMER_WARPS * CLUSTER);
             }
             ptx::barrier_init_fence();
+        }
+        if constexpr (IS_DECODED_TO_E4M3) {
+            if (threadIdx.x < 32) tile::fill_e4m3_table(table, threadIdx.x);
         }
         if constexpr (CLUSTER > 1) {
             ptx::cluster_sync();
@@ -236,19 +243,29 @@ struct Prefill {
             const uint32_t part = index % args.parts, first_k = L::first_tile(args.k_tiles, part, args.parts);
             const uint32_t tiles = L::first_tile(args.k_tiles, part + 1, args.parts) - first_k;
             const TokenRange range = tokens_of<TOKENS>(part, args.parts);
-            const RowTerms terms(args, first_row(block));
-            const TokenFactors<TOKENS, IS_EXPANDED> token_factors(args, block.y * TOKENS + range.first);
             float acc[TOKENS / 2];
-            if constexpr (IS_EXPANDED) {
-                multiply_promoting(at, acc, tiles);
+            const auto finish = [&](const RowTerms& terms, const TokenFactors<TOKENS, IS_E4M3>& token_factors) {
+                if (args.parts > 1) {
+                    const uint32_t result = index / args.parts * CLUSTER + rank;
+                    add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
+                }
+                store(args, staging, acc, terms, token_factors, first_row(block), block.y * TOKENS + range.first,
+                      range.count);
+            };
+            if constexpr (IS_DECODED_TO_E4M3) {
+                // There are no registers for factors while there are sums.
+                multiply_decoding(at, acc, tiles);
+                finish({args, first_row(block)}, {args, block.y * TOKENS + range.first});
             } else {
-                multiply(at, acc, tiles);
+                const RowTerms terms(args, first_row(block));
+                const TokenFactors<TOKENS, IS_E4M3> token_factors(args, block.y * TOKENS + range.first);
+                if constexpr (IS_EXPANDED) {
+                    multiply_promoting(at, acc, tiles);
+                } else {
+                    multiply(at, acc, tiles);
+                }
+                finish(terms, token_factors);
             }
-            if (args.parts > 1) {
-                const uint32_t result = index / args.parts * CLUSTER + rank;
-                add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
-            }
-            store(args, staging, acc, terms, token_factors, first_row(block), block.y * TOKENS + range.first, range.count);
         }
     }
 
@@ -305,6 +322,46 @@ struct Prefill {
         at.advance();
     }
 
+    /// The fragments of this warp's two tiles in stage `stage`, in E4M3.
+    __device__ __forceinline__ void decode(uint32_t stage, uint32_t (&a)[4][4]) const {
+        tile::Lane<tile::Format::E2m1> lane;
+        lane.load(warp_tiles(stage), threadIdx.x % 32);
+        tile::e4m3_fragment<0>(lane, table, a[0]);
+        tile::e4m3_fragment<1>(lane, table, a[1]);
+        lane.load(warp_tiles(stage) + Weights::TILE_BYTES, threadIdx.x % 32);
+        tile::e4m3_fragment<0>(lane, table, a[2]);
+        tile::e4m3_fragment<1>(lane, table, a[3]);
+    }
+
+    /// As `multiply_promoting`, with packed weights: while one warpgroup decodes, the other multiplies. Half of the tokens at a
+    /// time, so that there are registers for their sums.
+    __device__ __forceinline__ void multiply_decoding(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
+        constexpr int HALF = TOKENS / 2;
+        uint32_t a[4][4];
+        float sums[HALF / 2];
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
+        for (uint32_t k_tile = 0; k_tile < tiles; k_tile += L::STAGE_TILES, at.advance()) {
+            ptx::barrier_wait(full + 8 * at.stage, at.parity);
+            decode(at.stage, a);
+#pragma unroll
+            for (int first = 0; first < TOKENS; first += HALF) {
+                const uint64_t x = ptx::swizzled_descriptor(x_stages + at.stage * L::X_BYTES + first * X_ROW_BYTES);
+                ptx::wgmma_fence();
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    ptx::Wgmma<Operand::E4m3, HALF>::run(sums, a[j], x + ptx::descriptor_step(32 * j), j > 0);
+                }
+                ptx::wgmma_commit();
+                ptx::wgmma_wait<0>();
+                ptx::pin(sums);
+                if (first == HALF) release(at.stage);
+#pragma unroll
+                for (int i = 0; i < HALF / 2; ++i) acc[first / 2 + i] += sums[i];
+            }
+        }
+    }
+
     /// As `multiply`, in E4M3. The tensor core adds with fewer bits than FP32 has, so every 128 of K go through accumulators of
     /// their own. While one warpgroup adds up, the other multiplies; that they do so in turns needs no barrier (measured).
     __device__ __forceinline__ void multiply_promoting(Cursor<STAGES>& at, float (&acc)[TOKENS / 2], uint32_t tiles) const {
@@ -333,9 +390,17 @@ struct Prefill {
     }
 };
 
+/// Packed FP4, which becomes E4M3 in registers.
+struct PackedE4m3 {
+    static constexpr Operand OPERAND = Operand::E4m3;
+    static constexpr bool IS_EXPANDED = false;
+    static constexpr int TILE_BYTES = tile::bytes(tile::Format::E2m1), ACTIVATION_BYTES = 1;
+};
+
 /// Packed weights, which become BF16 in registers.
 template <tile::Format FORMAT>
 struct Packed {
+    static constexpr bool IS_EXPANDED = false;
     static constexpr Operand OPERAND = Operand::Bf16;
     static constexpr int TILE_BYTES = tile::bytes(FORMAT), ACTIVATION_BYTES = 2;
     using Lane = tile::Lane<FORMAT>;
@@ -350,6 +415,7 @@ struct Packed {
 
 /// Weights expanded to E4M3 by `expand_*`: for each 128 rows and 128 of K, 16 KiB as they are to be in shared memory.
 struct Expanded {
+    static constexpr bool IS_EXPANDED = true;
     static constexpr Operand OPERAND = Operand::E4m3;
     static constexpr int TILE_BYTES = tile::ROWS * tile::COLS, ACTIVATION_BYTES = 1;
 };

@@ -175,7 +175,7 @@ struct RowTerms {
 };
 
 /// What the results of TOKENS tokens are multiplied by, or nothing: lane l of every warp has the factors of tokens l, l + 32
-/// and so on. To be asked for as early as RowTerms.
+/// and so on. To be asked for as early as RowTerms, if there are registers for them.
 template <int TOKENS, bool IS_SCALED>
 struct TokenFactors {
     float factors[IS_SCALED ? TOKENS / 32 : 1];

@@ -14,8 +14,7 @@ constexpr int HELD = 4;
 /// HELD * blockDim.x, and blockDim.x a multiple of 32. Adds to `inexact` the tokens some of whose values E4M3 had to
 /// round: those whose blocks are so many binades apart that the smallest do not reach its grid.
 ///
-/// Within each 16 values along K the order is that in which a lane holds a weight tile: position 4t + i has the value at
-/// 2t + i for i < 2, and at 8 + 2t + i - 2 for the others.
+/// Within each 16 values along K the order is that of `mx::lane_order`.
 template <class Chunk>
 __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGrid& grid, uint32_t row_chunks, uint4* out,
                                                  float* factors, uint32_t* inexact) {
@@ -50,8 +49,8 @@ __device__ __forceinline__ void quantize_to_e4m3(const uint4* x, const mx::MxGri
 #pragma unroll
         for (int i = 0; i < CHUNK / 2; ++i) pairs[i] = block.pair(grid, chunk.low(i), chunk.high(i));
         differences |= block.differences;
-        out[row + index] = make_uint4(pairs[0] | pairs[4] << 16, pairs[1] | pairs[5] << 16, pairs[2] | pairs[6] << 16,
-                                      pairs[3] | pairs[7] << 16);
+        out[row + index] = make_uint4(mx::lane_order(pairs[0], pairs[4]), mx::lane_order(pairs[1], pairs[5]),
+                                      mx::lane_order(pairs[2], pairs[6]), mx::lane_order(pairs[3], pairs[7]));
     }
     mx::finish_token(grid, top, differences, factors + blockIdx.x, inexact);
 }

@@ -120,6 +120,11 @@ __device__ __forceinline__ void prepare(const Preparation& preparation, float (&
     for (int i = 0; i < Layout::VALUES; ++i) v[i] = nearest(preparation.grid, v[i] * reciprocal) * scale;
 }
 
+/// Four E4M3 in the order in which they lie along K in memory, which is that in which a lane gets those of a weight tile: of
+/// each 16 columns, 2t + 8, 2t, 2t + 9 and 2t + 1 are together. `low` has columns 2t and 2t + 1 in its low bytes, `high` the
+/// other two.
+__device__ __forceinline__ uint32_t lane_order(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x1504); }
+
 /// A block of a token on its way to E4M3: its values are relative to the largest scale of the token, `top`.
 struct Rebased {
     float reciprocal, factor;

@@ -57,8 +57,7 @@ __device__ __forceinline__ void store_e4m3(const mx::InputForm& form, float (&v)
         const uint32_t other = __shfl_xor_sync(__activemask(), mine, 1);
         const uint32_t low = is_upper ? other : pairs[0] | pairs[1] << 16;
         const uint32_t high = is_upper ? pairs[2] | pairs[3] << 16 : other;
-        *reinterpret_cast<uint2*>(out + at) =
-            make_uint2(__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
+        *reinterpret_cast<uint2*>(out + at) = make_uint2(mx::lane_order(low, high), mx::lane_order(low >> 16, high >> 16));
     }
     mx::finish_token(grid, top, differences, form.factors + blockIdx.x, form.inexact);
 }

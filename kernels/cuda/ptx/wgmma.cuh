@@ -87,6 +87,9 @@ MX_WGMMA(Operand::Bf16, "m64n64k16.f32.bf16.bf16", 64, 32, MX_R32, MX_D32(0), 32
 MX_WGMMA(Operand::Bf16, "m64n128k16.f32.bf16.bf16", 128, 64, MX_R64, MX_D64, 64, 65, 66, 67, 68, 69, ", 0");
 MX_WGMMA(Operand::Bf16, "m64n256k16.f32.bf16.bf16", 256, 128, MX_R128, MX_D128, 128, 129, 130, 131, 132, 133, ", 0");
 
+
+MX_WGMMA(Operand::E4m3, "m64n128k32.f32.e4m3.e4m3", 128, 64, MX_R64, MX_D64, 64, 65, 66, 67, 68, 69, "");
+
 /// As `Wgmma`, with A in shared memory.
 template <Operand OPERAND, int N>
 struct SharedWgmma;

@@ -5,7 +5,7 @@ use kernels::mx::{
     Cast, ElementRounding, ElementType, MxFormat, MxTensor, Rotation, ScaleRounding, Values,
     quantize_dequantize, quantize_rows,
 };
-use kernels::{Backend, Buffer, Component, DenseDtype, Device, Dtype, Weight, WeightSource};
+use kernels::{Backend, Buffer, Component, DenseDtype, Device, Dtype, InputForm, Weight, WeightSource};
 
 use crate::gpu;
 
@@ -245,6 +245,53 @@ fn products_in_e4m3_are_those_of_the_declared_formats() {
             let counted = gpu.rounded_tokens() > before;
             assert!(counted == (element == ElementType::E4m3), "{what}: {counted}");
         }
+    }
+}
+
+#[test]
+fn packed_weights_multiply_in_e4m3() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random(12);
+    let cast = Cast::from(MxFormat::new(ElementType::E2m3));
+    // All codes at all distances from a row's largest scale that E4M3 allows, and zero blocks; the last one is a part of a
+    // stage. Plans of these shapes are tested in `plan.rs`.
+    let mut matrix = |n: usize, k: usize| {
+        let mut w = random.normals(n * k);
+        for block in w.chunks_exact_mut(32) {
+            // The largest numbers of two blocks differ by one binade more at most.
+            let distance = random.below(15) as i32;
+            let factor = if distance == 14 { 0.0 } else { 2.0_f32.powi(-distance) };
+            block[random.below(32) as usize] = 1.9;
+            block.iter_mut().for_each(|w| *w *= factor);
+        }
+        Matrix::new(ElementType::E2m1, [n, k], &w)
+    };
+    // Through the identity, a product is its weights.
+    let (n, k) = (20_000, 256);
+    let weight = matrix(n, k);
+    let identity: Vec<f32> = (0..k * k).map(|i| if i / k == i % k { 1.0 } else { 0.0 }).collect();
+    let uploaded = gpu.upload(&[weight.source(Some(cast))], None).unwrap();
+    assert!(matches!(gpu.input_form(&mut std::iter::once(&uploaded), k), InputForm::E4m3(_)));
+    let actual = product(&*gpu, &identity, &uploaded, Dtype::F32);
+    for (i, actual) in actual.iter().enumerate() {
+        let expected = weight.values[i % n * k + i / n];
+        assert!(*actual == expected, "column {}, row {}: {actual} for {expected}", i % n, i / n);
+    }
+    let distances: std::collections::BTreeSet<u8> = weight.scales.iter().copied().collect();
+    assert!(distances.len() >= 15, "{distances:?}");
+
+    // Sums; blocks of tokens and rows that are not full; K in parts.
+    for (m, n, k) in [(250, 20_008, 352), (200, 4096, 8256)] {
+        let weight = matrix(n, k);
+        let x: Vec<f32> = (0..m * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 32.0).collect();
+        let mut quantized = vec![0.0; x.len()];
+        quantize_dequantize(cast, &x, &mut quantized);
+        let bias: Vec<f32> = (0..n).map(|i| i as f32 / n as f32).collect();
+        let uploaded = gpu.upload(&[weight.source(Some(cast))], Some(&bias)).unwrap();
+        let what = format!("{m} x {n} x {k}");
+        let actual = product(&*gpu, &x, &uploaded, Dtype::F32);
+        check(&what, &actual, [&quantized, &weight.values], &bias, k, &[0, 1, 127, 128, 199], 1e-5);
+        assert!(actual == product(&*gpu, &x, &uploaded, Dtype::F32), "{what}, again");
     }
 }
 

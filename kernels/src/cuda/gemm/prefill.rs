@@ -2,8 +2,8 @@
 //!
 //! Weights multiply as BF16, which holds every value of every format, straight from their tiles. Where the activations
 //! are quantized too and both operands have E4M3's values, up to a power of two per row and per token, they multiply as
-//! E4M3 at twice the rate: the weights expanded into scratch, the activations quantized into it. For E2M1, E2M3 and E3M2
-//! that is exact: for weights because the spread of their rows' scales is known, for activations unless a token is
+//! E4M3 at twice the rate: the activations quantized into scratch, the weights expanded into it or, for up to some 2000 rows of
+//! FP4, on their way to the tensor core. For E2M1, E2M3 and E3M2 that is exact: for weights because the spread of their rows' scales is known, for activations unless a token is
 //! counted in [`Prefill::inexact_tokens`]. E4M3 itself may lose some of the bits of the smallest elements.
 
 use std::cell::RefCell;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::Product;
-use super::plan::{EXPANDED_ROWS, MOST_RESULT_BYTES, Operand, Plan, TOKENS};
+use super::plan::{BF16, EXPANDED_ROWS, MOST_RESULT_BYTES, Path, Plan};
 use super::quantize::{
     MOST_COLUMNS, PreparationArgument, Quantizer, e4m3_bytes, e4m3_factors, is_within_e4m3,
 };
@@ -43,8 +43,8 @@ macro_rules! packed_kernels {
     };
 }
 
-/// Kernels for packed weights, in the order of [`TileFormat::ALL`] and [`TOKENS`].
-const PACKED: [[&str; TOKENS.len()]; TileFormat::ALL.len()] =
+/// Kernels for packed weights, in the order of [`TileFormat::ALL`] and [`BF16`].
+const PACKED: [[&str; BF16.len()]; TileFormat::ALL.len()] =
     packed_kernels!("e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8", "bf16");
 
 /// The kernel's parameter (`PrefillArgs` in `cuda/gemm/prefill.cuh`).
@@ -81,7 +81,8 @@ unsafe impl Argument for Args {}
 #[derive(Debug)]
 pub(crate) struct Prefill {
     context: Arc<Context>,
-    packed: Vec<[Function; TOKENS.len()]>,
+    packed: Vec<[Function; BF16.len()]>,
+    packed_e4m3: Function,
     expanded: Function,
     expand: [(TileFormat, Function); 4],
     quantizer: Quantizer,
@@ -117,6 +118,7 @@ impl Prefill {
         let charge = account.charge(Component::Workspace, partial_sums.bytes() + arrivals.bytes());
         Ok(Self {
             packed: PACKED.iter().map(|names| names.map(function)).collect(),
+            packed_e4m3: function("prefill_e2m1_e4m3_256"),
             expanded: function("prefill_expanded_192"),
             expand: [
                 (TileFormat::E2m1, function("expand_e2m1")),
@@ -154,9 +156,10 @@ impl Prefill {
         rows: usize,
     ) -> InputForm {
         let Some(done) = preparation else { return InputForm::Plain };
-        match self.plan(weight, preparation, rows).operand {
-            Operand::Bf16 => InputForm::Prepared(done),
-            Operand::E4m3 => InputForm::E4m3(done),
+        if self.plan(weight, preparation, rows).path.is_e4m3() {
+            InputForm::E4m3(done)
+        } else {
+            InputForm::Prepared(done)
         }
     }
 
@@ -184,13 +187,13 @@ impl Prefill {
         let shape = [product.rows, weight.layout().shape[1]];
         let elements = product.rows * shape[1];
         // The input as it is multiplied, and with E4M3 the factors of its rows.
-        let (x, factors) = match (plan.operand, product.form, preparation) {
-            (Operand::Bf16, InputForm::Plain, None) => (product.x, 0),
-            (Operand::Bf16, InputForm::Plain, Some(preparation)) => {
+        let (x, factors) = match (plan.path.is_e4m3(), product.form, preparation) {
+            (false, InputForm::Plain, None) => (product.x, 0),
+            (false, InputForm::Plain, Some(preparation)) => {
                 // SAFETY: the caller's promise.
                 (unsafe { self.prepare(preparation, product.x, shape) }, 0)
             }
-            (Operand::E4m3, InputForm::Plain, Some(Preparation { is_rotated, activation: Some(cast) })) => {
+            (true, InputForm::Plain, Some(Preparation { is_rotated, activation: Some(cast) })) => {
                 let bytes = e4m3_bytes(elements, product.rows);
                 let values = self.activations.borrow_mut().reserve(bytes);
                 let factors = e4m3_factors(values, elements);
@@ -201,17 +204,17 @@ impl Prefill {
                 }
                 (values, factors)
             }
-            (Operand::Bf16, InputForm::Prepared(done), _) if preparation == Some(done) => (product.x, 0),
-            (Operand::E4m3, InputForm::E4m3(done), _) if preparation == Some(done) => {
+            (false, InputForm::Prepared(done), _) if preparation == Some(done) => (product.x, 0),
+            (true, InputForm::E4m3(done), _) if preparation == Some(done) => {
                 (product.x, e4m3_factors(product.x, elements))
             }
             (_, form, preparation) => panic!("an input left as {form:?} for a product of {preparation:?}"),
         };
         // SAFETY: as above.
         unsafe {
-            match plan.operand {
-                Operand::Bf16 => self.multiply_packed(weight, x, &plan, product),
-                Operand::E4m3 => self.multiply_expanded(weight, x, factors, &plan, product),
+            match plan.path {
+                Path::Bf16 | Path::E4m3 => self.multiply_packed(weight, x, factors, &plan, product),
+                Path::Expanded => self.multiply_expanded(weight, x, factors, &plan, product),
             }
         }
     }
@@ -244,15 +247,31 @@ impl Prefill {
             && E4m3Weights::of(layout.format).is_some_and(|e4m3| weight.spread() <= e4m3.spread)
     }
 
-    /// The product of BF16 `x` and all of `weight`.
-    unsafe fn multiply_packed(&self, weight: &TiledWeight, x: DevicePtr, plan: &Plan, product: &Product) {
+    /// The product of `x`, BF16 or E4M3, and all of `weight`.
+    unsafe fn multiply_packed(
+        &self,
+        weight: &TiledWeight,
+        x: DevicePtr,
+        token_factors: DevicePtr,
+        plan: &Plan,
+        product: &Product,
+    ) {
         let layout = weight.layout();
-        let format = TileFormat::ALL.iter().position(|format| *format == layout.format);
-        let function = &self.packed[format.expect("every format is in the table")][plan.tokens];
-        let shape = [product.rows, layout.shape[1]];
-        let x = tensor_map(x, Dtype::Bf16.size_bytes(), shape, plan.box_rows());
+        let is_e4m3 = plan.path.is_e4m3();
+        let function = if is_e4m3 {
+            &self.packed_e4m3
+        } else {
+            let format = TileFormat::ALL.iter().position(|format| *format == layout.format);
+            &self.packed[format.expect("every format is in the table")][plan.kernel]
+        };
+        let element = if is_e4m3 { 1 } else { Dtype::Bf16.size_bytes() };
+        let x = tensor_map(x, element, [product.rows, layout.shape[1]], plan.box_rows());
+        let mut args = self.args(weight, product, x, plan);
+        if is_e4m3 {
+            (args.token_factors, args.factor) = (token_factors, 1.0 / E4m3Weights::factor_of(layout.format));
+        }
         // SAFETY: the caller's promise; the kernel waits for its inputs.
-        unsafe { self.launch(function, &self.args(weight, product, x, plan), plan) };
+        unsafe { self.launch(function, &args, plan) };
     }
 
     /// The product of E4M3 `x` and `weight`, which is expanded chunk by chunk.
@@ -265,11 +284,14 @@ impl Prefill {
         product: &Product,
     ) {
         let layout = weight.layout();
-        let e4m3 = E4m3Weights::of(layout.format).expect("the plan is for formats within E4M3");
-        let (_, expand) = self.expand.iter().find(|(format, _)| *format == layout.format).expect("as above");
+        let (_, expand) = self
+            .expand
+            .iter()
+            .find(|(format, _)| *format == layout.format)
+            .expect("the plan is for formats within E4M3");
         let expanded =
             self.weights.borrow_mut().reserve(expanded_bytes(plan.chunk_row_tiles, layout.k_tiles()));
-        let factor = (e4m3.shift as f32).exp2();
+        let factor = E4m3Weights::factor_of(layout.format);
         let x = tensor_map(x, 1, [product.rows, layout.shape[1]], plan.box_rows());
         let mut args = self.args(weight, product, x, plan);
         (args.tiles, args.token_factors, args.factor) = (expanded, token_factors, 1.0 / factor);
@@ -335,9 +357,9 @@ impl Prefill {
     /// # Safety
     /// The addresses in `args` have what the kernel expects there.
     unsafe fn launch(&self, function: &Function, args: &Args, plan: &Plan) {
-        let blocks = self.context.properties().sm_count / plan.cluster() * plan.cluster();
-        let threads = GROUP_THREADS * (1 + plan.groups());
-        let launch = Launch::new(blocks, threads).cluster(plan.cluster()).shared(SHARED_BYTES);
+        let blocks = self.context.properties().sm_count / plan.kernel().cluster * plan.kernel().cluster;
+        let threads = GROUP_THREADS * (1 + plan.kernel().groups);
+        let launch = Launch::new(blocks, threads).cluster(plan.kernel().cluster).shared(SHARED_BYTES);
         // SAFETY: the caller's promise.
         unsafe { self.context.launch(function, &launch, &[args]) };
     }
@@ -370,5 +392,13 @@ impl E4m3Weights {
             TileFormat::E4m3 => Some(Self { shift: 0, spread: 8 }),
             TileFormat::E5m2 | TileFormat::Int8 | TileFormat::Bf16 => None,
         }
+    }
+
+    /// What tile values of `format` are multiplied with.
+    ///
+    /// # Panics
+    /// E4M3 has not its values.
+    fn factor_of(format: TileFormat) -> f32 {
+        (Self::of(format).expect("a format within E4M3").shift as f32).exp2()
     }
 }
