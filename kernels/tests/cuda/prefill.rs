@@ -248,27 +248,37 @@ fn products_in_e4m3_are_those_of_the_declared_formats() {
     }
 }
 
+/// FP4 `[n, k]` of any codes, whose blocks are up to `most` binades apart, or zero.
+fn fp4_blocks(random: &mut Random, [n, k]: [usize; 2], most: u64) -> Matrix {
+    const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let mut values = vec![0.0; n * k];
+    for block in values.chunks_exact_mut(32) {
+        let distance = random.below(most + 2);
+        if distance > most {
+            continue;
+        }
+        let scale = 2.0_f32.powi(-(distance as i32));
+        for value in block.iter_mut() {
+            let sign = if random.below(2) == 0 { scale } else { -scale };
+            *value = sign * MAGNITUDES[random.below(8) as usize];
+        }
+        // The largest number there is, so that the block's scale is this one.
+        block[random.below(32) as usize] = 6.0 * scale;
+    }
+    let matrix = Matrix::new(ElementType::E2m1, [n, k], &values);
+    assert!(matrix.values == values, "FP4 has all of them");
+    matrix
+}
+
+/// The shapes' plans are tested in `plan.rs`.
 #[test]
 fn packed_weights_multiply_in_e4m3() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random(12);
     let cast = Cast::from(MxFormat::new(ElementType::E2m3));
-    // All codes at all distances from a row's largest scale that E4M3 allows, and zero blocks; the last one is a part of a
-    // stage. Plans of these shapes are tested in `plan.rs`.
-    let mut matrix = |n: usize, k: usize| {
-        let mut w = random.normals(n * k);
-        for block in w.chunks_exact_mut(32) {
-            // The largest numbers of two blocks differ by one binade more at most.
-            let distance = random.below(15) as i32;
-            let factor = if distance == 14 { 0.0 } else { 2.0_f32.powi(-distance) };
-            block[random.below(32) as usize] = 1.9;
-            block.iter_mut().for_each(|w| *w *= factor);
-        }
-        Matrix::new(ElementType::E2m1, [n, k], &w)
-    };
-    // Through the identity, a product is its weights.
+    // All codes at all distances from a row's largest scale that E4M3 allows. Through the identity, a product is its weights.
     let (n, k) = (20_000, 256);
-    let weight = matrix(n, k);
+    let weight = fp4_blocks(&mut random, [n, k], 14);
     let identity: Vec<f32> = (0..k * k).map(|i| if i / k == i % k { 1.0 } else { 0.0 }).collect();
     let uploaded = gpu.upload(&[weight.source(Some(cast))], None).unwrap();
     assert!(matches!(gpu.input_form(&mut std::iter::once(&uploaded), k), InputForm::E4m3(_)));
@@ -277,21 +287,23 @@ fn packed_weights_multiply_in_e4m3() {
         let expected = weight.values[i % n * k + i / n];
         assert!(*actual == expected, "column {}, row {}: {actual} for {expected}", i % n, i / n);
     }
-    let distances: std::collections::BTreeSet<u8> = weight.scales.iter().copied().collect();
-    assert!(distances.len() >= 15, "{distances:?}");
 
-    // Sums; blocks of tokens and rows that are not full; K in parts.
+    // Sums that lose no bit in the tensor core's 14, of 128 products of at most 12 in steps of 1/4: blocks of tokens and rows that
+    // are not full, half a stage, K in parts.
     for (m, n, k) in [(250, 20_008, 352), (200, 4096, 8256)] {
-        let weight = matrix(n, k);
-        let x: Vec<f32> = (0..m * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 32.0).collect();
-        let mut quantized = vec![0.0; x.len()];
-        quantize_dequantize(cast, &x, &mut quantized);
-        let bias: Vec<f32> = (0..n).map(|i| i as f32 / n as f32).collect();
+        let weight = fp4_blocks(&mut random, [n, k], 1);
+        let x: Vec<f32> = (0..m * k).map(|_| random.below(5) as f32 - 2.0).collect();
+        let bias: Vec<f32> = (0..n).map(|i| i as f32).collect();
         let uploaded = gpu.upload(&[weight.source(Some(cast))], Some(&bias)).unwrap();
-        let what = format!("{m} x {n} x {k}");
         let actual = product(&*gpu, &x, &uploaded, Dtype::F32);
-        check(&what, &actual, [&quantized, &weight.values], &bias, k, &[0, 1, 127, 128, 199], 1e-5);
-        assert!(actual == product(&*gpu, &x, &uploaded, Dtype::F32), "{what}, again");
+        for row in [0, 1, 127, 128, 199] {
+            for (j, w) in weight.values.chunks_exact(k).enumerate() {
+                let sum: f32 = x[row * k..][..k].iter().zip(w).map(|(x, w)| x * w).sum();
+                let (got, expected) = (actual[row * n + j], sum + bias[j]);
+                assert!(got == expected, "{m} x {n} x {k}, row {row}, column {j}: {got} for {expected}");
+            }
+        }
+        assert!(actual == product(&*gpu, &x, &uploaded, Dtype::F32), "{m} x {n} x {k}, again");
     }
 }
 
