@@ -142,7 +142,7 @@ pub struct AttentionInputs<'a> {
     /// Row stride of `block_tables`: no sequence has more blocks.
     pub max_blocks: usize,
     /// `query_start` and `context_lens` as the host knows them, for devices that cut the work of sequences with several rows
-    /// by their sizes. Of a recorded step they are those with which it was recorded.
+    /// by their sizes. A step that is recorded to be replayed with other sizes has one row per sequence.
     pub host: HostSpans<'a>,
 }
 

@@ -28,6 +28,9 @@ namespace gemm {
 
 using ptx::Operand;
 
+/// How weights get to the tensor core, and as what: see src/cuda/gemm/plan.rs.
+enum class Path { Bf16, E4m3, Expanded };
+
 constexpr int X_ROW_BYTES = 128;
 constexpr int SHARED_BYTES = 232448;
 /// Threads of a CTA, and registers of a thread of the copying warpgroup and of the others: together what `THREADS` threads
@@ -45,15 +48,15 @@ struct Layout {
     static constexpr int ROW_TILES = 4 * GROUPS;
     /// Boxes of X in a stage, next to each other along K. Few tokens take two, to be spared half of the copies and waits,
     /// if two of them with their weights are not too large.
-    static constexpr bool IS_SMALL = Weights::OPERAND == Operand::Bf16 && TOKENS < 256;
+    static constexpr bool IS_SMALL = Weights::PATH == Path::Bf16 && TOKENS < 256;
     static constexpr int BOXES = IS_SMALL && ROW_TILES * Weights::TILE_BYTES < 32768 ? 2 : 1;
     static constexpr int BOX_BYTES = TOKENS * X_ROW_BYTES;
     /// Weight tiles along K that a box, and a stage, meet.
-    static constexpr int BOX_TILES = Weights::OPERAND == Operand::Bf16 ? 1 : 2;
+    static constexpr int BOX_TILES = Weights::PATH == Path::Bf16 ? 1 : 2;
     static constexpr int STAGE_TILES = BOXES * BOX_TILES;
     static constexpr int X_BYTES = BOXES * BOX_BYTES;
     static constexpr int W_BYTES = ROW_TILES * STAGE_TILES * Weights::TILE_BYTES;
-    static constexpr int TABLE_BYTES = Weights::OPERAND == Operand::E4m3 && !Weights::IS_EXPANDED ? tile::E4M3_TABLE_BYTES : 0;
+    static constexpr int TABLE_BYTES = Weights::PATH == Path::E4m3 ? tile::E4M3_TABLE_BYTES : 0;
     static constexpr int OTHER_BYTES = GROUPS * STAGING_BYTES + TABLE_BYTES + 1024 + 128;
     static constexpr int MOST_STAGES = (SHARED_BYTES - OTHER_BYTES) / (X_BYTES + W_BYTES);
     static constexpr int STAGES = MOST_STAGES < 8 ? MOST_STAGES : 8;
@@ -100,8 +103,8 @@ struct Prefill {
     static constexpr int ROW_TILES = L::ROW_TILES, ROWS = ROW_TILES * TILE_ROWS, CONSUMER_WARPS = 4 * GROUPS;
     /// Named barrier of the exchange of parts, after those of the store.
     static constexpr uint32_t PARTS_BARRIER = STAGING_BARRIER + GROUPS;
-    static constexpr bool IS_E4M3 = Weights::OPERAND == Operand::E4m3, IS_EXPANDED = Weights::IS_EXPANDED;
-    static constexpr bool IS_DECODED_TO_E4M3 = IS_E4M3 && !IS_EXPANDED;
+    static constexpr Path PATH = Weights::PATH;
+    using Factors = TokenFactors<TOKENS, PATH != Path::Bf16>;
 
     const PrefillArgs& args;
     const uint8_t* w_stages;
@@ -135,7 +138,7 @@ struct Prefill {
             }
             ptx::barrier_init_fence();
         }
-        if constexpr (IS_DECODED_TO_E4M3) {
+        if constexpr (PATH == Path::E4m3) {
             if (threadIdx.x < 32) tile::fill_e4m3_table(table, threadIdx.x);
         }
         if constexpr (CLUSTER > 1) {
@@ -147,7 +150,7 @@ struct Prefill {
         if (threadIdx.x < 128) {
             ptx::shrink_registers<COPY_REGISTERS<GROUPS>>();
             // Packed weights depend on no kernel: those of the first stages arrive while the one before finishes.
-            if (IS_EXPANDED || threadIdx.x < 32) ptx::wait_for_dependencies();
+            if (PATH == Path::Expanded || threadIdx.x < 32) ptx::wait_for_dependencies();
             if (threadIdx.x % 32 == 0) produce(threadIdx.x / 32);
             __syncwarp();
         } else {
@@ -179,7 +182,7 @@ struct Prefill {
                 const uint32_t barrier = full + 8 * at.stage;
                 ptx::barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
                 if (p == 0) {
-                    ptx::barrier_arrive_expect(barrier, L::X_BYTES + (IS_EXPANDED ? L::W_BYTES : here * bytes));
+                    ptx::barrier_arrive_expect(barrier, L::X_BYTES + (PATH == Path::Expanded ? L::W_BYTES : here * bytes));
                     constexpr int PART = TOKENS / CLUSTER;
 #pragma unroll
                     for (int box = 0; box < L::BOXES; ++box) {
@@ -195,7 +198,7 @@ struct Prefill {
                         }
                     }
                 }
-                if constexpr (IS_EXPANDED) {
+                if constexpr (PATH == Path::Expanded) {
                     if (p == 1) {
                         ptx::bulk_load(ptx::shared_address(w_stages) + at.stage * L::W_BYTES, expanded, L::W_BYTES,
                                        barrier, ptx::L2_EVICT_NORMAL);
@@ -244,7 +247,7 @@ struct Prefill {
             const uint32_t tiles = L::first_tile(args.k_tiles, part + 1, args.parts) - first_k;
             const TokenRange range = tokens_of<TOKENS>(part, args.parts);
             float acc[TOKENS / 2];
-            const auto finish = [&](const RowTerms& terms, const TokenFactors<TOKENS, IS_E4M3>& token_factors) {
+            const auto finish = [&](const RowTerms& terms, const Factors& token_factors) {
                 if (args.parts > 1) {
                     const uint32_t result = index / args.parts * CLUSTER + rank;
                     add_parts<TOKENS, GROUPS>(args, acc, result, part, PARTS_BARRIER);
@@ -252,14 +255,14 @@ struct Prefill {
                 store(args, staging, acc, terms, token_factors, first_row(block), block.y * TOKENS + range.first,
                       range.count);
             };
-            if constexpr (IS_DECODED_TO_E4M3) {
+            if constexpr (PATH == Path::E4m3) {
                 // There are no registers for factors while there are sums.
                 multiply_decoding(at, acc, tiles);
                 finish({args, first_row(block)}, {args, block.y * TOKENS + range.first});
             } else {
                 const RowTerms terms(args, first_row(block));
-                const TokenFactors<TOKENS, IS_E4M3> token_factors(args, block.y * TOKENS + range.first);
-                if constexpr (IS_EXPANDED) {
+                const Factors token_factors(args, block.y * TOKENS + range.first);
+                if constexpr (PATH == Path::Expanded) {
                     multiply_promoting(at, acc, tiles);
                 } else {
                     multiply(at, acc, tiles);
@@ -392,17 +395,15 @@ struct Prefill {
 
 /// Packed FP4, which becomes E4M3 in registers.
 struct PackedE4m3 {
-    static constexpr Operand OPERAND = Operand::E4m3;
-    static constexpr bool IS_EXPANDED = false;
-    static constexpr int TILE_BYTES = tile::bytes(tile::Format::E2m1), ACTIVATION_BYTES = 1;
+    static constexpr Path PATH = Path::E4m3;
+    static constexpr int TILE_BYTES = tile::bytes(tile::Format::E2m1);
 };
 
 /// Packed weights, which become BF16 in registers.
 template <tile::Format FORMAT>
 struct Packed {
-    static constexpr bool IS_EXPANDED = false;
-    static constexpr Operand OPERAND = Operand::Bf16;
-    static constexpr int TILE_BYTES = tile::bytes(FORMAT), ACTIVATION_BYTES = 2;
+    static constexpr Path PATH = Path::Bf16;
+    static constexpr int TILE_BYTES = tile::bytes(FORMAT);
     using Lane = tile::Lane<FORMAT>;
 
     static __device__ __forceinline__ void load(Lane& lane, const uint8_t* at) { lane.load(at, threadIdx.x % 32); }
@@ -415,9 +416,8 @@ struct Packed {
 
 /// Weights expanded to E4M3 by `expand_*`: for each 128 rows and 128 of K, 16 KiB as they are to be in shared memory.
 struct Expanded {
-    static constexpr bool IS_EXPANDED = true;
-    static constexpr Operand OPERAND = Operand::E4m3;
-    static constexpr int TILE_BYTES = tile::ROWS * tile::COLS, ACTIVATION_BYTES = 1;
+    static constexpr Path PATH = Path::Expanded;
+    static constexpr int TILE_BYTES = tile::ROWS * tile::COLS;
 };
 
 }  // namespace gemm

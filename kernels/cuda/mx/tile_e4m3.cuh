@@ -13,7 +13,8 @@ namespace tile {
 
 /// The table: eight bytes for each value of the lower five bits of a scale byte, of which 0 is a zero block.
 constexpr int E4M3_TABLE_BYTES = 32 * 8;
-/// log2 of what weights are multiplied with on their way to E4M3: the largest FP4 number, 6, becomes 384.
+/// log2 of what weights are multiplied with on their way to E4M3: the largest FP4 number, 6, becomes 384. The host divides
+/// results by it (`E4m3Weights` in src/cuda/gemm/prefill.rs).
 constexpr int E2M1_SHIFT = 6;
 
 /// Thread `i` of 32 writes entry `i` of the table at the shared address `table`, a multiple of its size.

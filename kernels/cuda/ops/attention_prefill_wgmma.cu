@@ -3,8 +3,8 @@
 // tiles of 128 at multiples of 128 positions, in order, with an online softmax. A row's result depends neither on the
 // rows beside it nor on where its tile begins.
 //
-// A warp of a third warpgroup brings blocks of the cache, which is BF16 (kv_expand.cu), two tiles ahead. While a warpgroup's product with
-// the values of one tile runs, it turns the scores of the next into weights.
+// A warp of a third warpgroup brings blocks of the cache, which is BF16 (or was made so by kv_expand.cu), two tiles ahead. While
+// a warpgroup's product with the values of one tile runs, it turns the scores of the next into weights.
 #include "ops/attention.cuh"
 #include "ops/attention_tiles.cuh"
 #include "ops/kv.cuh"

@@ -17,19 +17,22 @@ struct QueryTile {
     int position;
 };
 
-/// Tile `index` of the sequences with more than one row (those with one are left to the decode kernel): sequences in
-/// order, the last rows of each first, as they see the most keys. To be called by whole warps, all with one `index`.
-template <int TILE_ROWS>
-__device__ __forceinline__ QueryTile find_tile(const uint32_t* query_start, const uint32_t* context_lens, int sequences,
-                                               int index) {
+/// One of the pieces that the sequences of a step are cut into, one sequence after the other.
+struct Piece {
+    /// No sequence, if there are not so many pieces.
+    int sequence;
+    /// Its number in the sequence, and how many those are.
+    int number, count;
+};
+
+/// Piece `index`; `pieces_of(sequence)` is how many one has. To be called by whole warps, all with one `index`.
+template <typename PiecesOf>
+__device__ __forceinline__ Piece find_piece(int sequences, int index, PiecesOf pieces_of) {
     const int lane = threadIdx.x % WARP;
     int before = 0;
     for (int base = 0; base < sequences; base += WARP) {
-        const int sequence = base + lane;
-        const int start = sequence < sequences ? query_start[sequence] : 0;
-        const int rows = sequence < sequences ? query_start[sequence + 1] - start : 0;
-        const int tiles = rows > 1 ? (rows + TILE_ROWS - 1) / TILE_ROWS : 0;
-        int end = tiles;
+        const int pieces = base + lane < sequences ? pieces_of(base + lane) : 0;
+        int end = pieces;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
             const int lower = __shfl_up_sync(0xFFFFFFFFu, end, step);
@@ -38,16 +41,28 @@ __device__ __forceinline__ QueryTile find_tile(const uint32_t* query_start, cons
         end += before;
         const unsigned holders = __ballot_sync(0xFFFFFFFFu, index < end);
         if (holders != 0) {
-            const int holder = __ffs(holders) - 1;
-            const int tile = __shfl_sync(0xFFFFFFFFu, end - 1 - index, holder);
-            const int first = __shfl_sync(0xFFFFFFFFu, start, holder), count = __shfl_sync(0xFFFFFFFFu, rows, holder);
-            const int context = context_lens[base + holder];
-            return {first + tile * TILE_ROWS, min(TILE_ROWS, count - tile * TILE_ROWS), base + holder,
-                    context - count + tile * TILE_ROWS};
+            const int holder = __ffs(holders) - 1, count = __shfl_sync(0xFFFFFFFFu, pieces, holder);
+            return {base + holder, index - __shfl_sync(0xFFFFFFFFu, end - pieces, holder), count};
         }
         before = __shfl_sync(0xFFFFFFFFu, end, WARP - 1);
     }
-    return {0, 0, 0, 0};
+    return {sequences, 0, 0};
+}
+
+/// Tile `index` of the sequences with more than one row (those with one are left to the decode kernel): sequences in
+/// order, the last rows of each first, as they see the most keys. To be called by whole warps, all with one `index`.
+template <int TILE_ROWS>
+__device__ __forceinline__ QueryTile find_tile(const uint32_t* query_start, const uint32_t* context_lens, int sequences,
+                                               int index) {
+    const auto rows_of = [&](int sequence) { return static_cast<int>(query_start[sequence + 1] - query_start[sequence]); };
+    const Piece piece = find_piece(sequences, index, [&](int sequence) {
+        const int rows = rows_of(sequence);
+        return rows > 1 ? (rows + TILE_ROWS - 1) / TILE_ROWS : 0;
+    });
+    if (piece.sequence == sequences) return {0, 0, 0, 0};
+    const int start = query_start[piece.sequence], rows = rows_of(piece.sequence);
+    const int context = context_lens[piece.sequence], first = (piece.count - 1 - piece.number) * TILE_ROWS;
+    return {start + first, min(TILE_ROWS, rows - first), piece.sequence, context - rows + first};
 }
 
 /// Writes head `head` of row `row` of the step, if it `is_present`: `value(j, i)` is the calling lane's element

@@ -16,41 +16,6 @@ struct ExpandedCache {
     uint32_t* block_tables;
 };
 
-/// Block `block` of sequence `sequence`, whose rows see positions from `from` on; no sequence beyond the last block.
-struct ContextBlock {
-    int sequence, block, from;
-};
-
-/// Block `index` of the contexts of all sequences with more than one row, one sequence after the other. To be called by
-/// whole warps, all with one `index`.
-__device__ __forceinline__ ContextBlock find_block(const AttentionArguments& a, int sequences, int index) {
-    const int lane = threadIdx.x % WARP;
-    int before = 0;
-    for (int base = 0; base < sequences; base += WARP) {
-        const int sequence = base + lane;
-        const bool present = sequence < sequences;
-        const int rows = present ? a.query_start[sequence + 1] - a.query_start[sequence] : 0;
-        const int context = present ? a.context_lens[sequence] : 0;
-        const int blocks = rows > 1 ? (context + BLOCK_TOKENS - 1) / BLOCK_TOKENS : 0;
-        int end = blocks;
-#pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const int lower = __shfl_up_sync(0xFFFFFFFFu, end, step);
-            if (lane >= step) end += lower;
-        }
-        end += before;
-        const unsigned holders = __ballot_sync(0xFFFFFFFFu, index < end);
-        if (holders != 0) {
-            const int holder = __ffs(holders) - 1;
-            const int block = index - __shfl_sync(0xFFFFFFFFu, end - blocks, holder);
-            const int first = __shfl_sync(0xFFFFFFFFu, context - rows, holder);
-            return {base + holder, block, a.window > 0 ? max(0, first + 1 - a.window) : 0};
-        }
-        before = __shfl_sync(0xFFFFFFFFu, end, WARP - 1);
-    }
-    return {sequences, 0, 0};
-}
-
 /// Expands block blockIdx.x of the contexts; blockIdx.y: keys, values.
 template <KvFormat FORMAT, int DIM>
 __device__ __forceinline__ void expand_cache(const AttentionArguments& a, int sequences, const ExpandedCache& out) {
@@ -59,12 +24,16 @@ __device__ __forceinline__ void expand_cache(const AttentionArguments& a, int se
     ptx::launch_dependents();
     ptx::wait_for_dependencies();
     const int index = blockIdx.x;
-    const ContextBlock at = find_block(a, sequences, index);
-    if (at.sequence == sequences) return;
-    const size_t entry = static_cast<size_t>(at.sequence) * a.max_blocks + at.block;
+    const auto rows_of = [&](int sequence) { return static_cast<int>(a.query_start[sequence + 1] - a.query_start[sequence]); };
+    const Piece here = find_piece(sequences, index, [&](int sequence) {
+        return rows_of(sequence) > 1 ? static_cast<int>(a.context_lens[sequence] + BLOCK_TOKENS - 1) / BLOCK_TOKENS : 0;
+    });
+    if (here.sequence == sequences) return;
+    const size_t entry = static_cast<size_t>(here.sequence) * a.max_blocks + here.number;
     if (blockIdx.y == 0 && threadIdx.x == 0) out.block_tables[entry] = index;
-    // Nobody sees the block: its table entry is all that it needs.
-    if ((at.block + 1) * BLOCK_TOKENS <= at.from) return;
+    // A block that nobody sees needs no more than its table entry.
+    const int first = static_cast<int>(a.context_lens[here.sequence]) - rows_of(here.sequence);
+    if (a.window > 0 && (here.number + 1) * BLOCK_TOKENS <= first + 1 - a.window) return;
     const uint8_t* const cache = blockIdx.y == 0 ? a.k_cache : a.v_cache;
     uint8_t* const to = blockIdx.y == 0 ? out.keys : out.values;
     const uint32_t block = a.block_tables[entry];

@@ -210,11 +210,17 @@ impl Prefill {
             }
             (_, form, preparation) => panic!("an input left as {form:?} for a product of {preparation:?}"),
         };
-        // SAFETY: as above.
+        let args = self.args(weight, product, [x, factors], &plan);
+        // SAFETY: as above; the kernels wait for their inputs.
         unsafe {
             match plan.path {
-                Path::Bf16 | Path::E4m3 => self.multiply_packed(weight, x, factors, &plan, product),
-                Path::Expanded => self.multiply_expanded(weight, x, factors, &plan, product),
+                Path::Bf16 => {
+                    let format = TileFormat::ALL.iter().position(|format| *format == weight.layout().format);
+                    let kernels = &self.packed[format.expect("every format is in the table")];
+                    self.launch(&kernels[plan.kernel], &args, &plan);
+                }
+                Path::E4m3 => self.launch(&self.packed_e4m3, &args, &plan),
+                Path::Expanded => self.multiply_expanded(weight, args, &plan),
             }
         }
     }
@@ -247,42 +253,8 @@ impl Prefill {
             && E4m3Weights::of(layout.format).is_some_and(|e4m3| weight.spread() <= e4m3.spread)
     }
 
-    /// The product of `x`, BF16 or E4M3, and all of `weight`.
-    unsafe fn multiply_packed(
-        &self,
-        weight: &TiledWeight,
-        x: DevicePtr,
-        token_factors: DevicePtr,
-        plan: &Plan,
-        product: &Product,
-    ) {
-        let layout = weight.layout();
-        let is_e4m3 = plan.path.is_e4m3();
-        let function = if is_e4m3 {
-            &self.packed_e4m3
-        } else {
-            let format = TileFormat::ALL.iter().position(|format| *format == layout.format);
-            &self.packed[format.expect("every format is in the table")][plan.kernel]
-        };
-        let element = if is_e4m3 { 1 } else { Dtype::Bf16.size_bytes() };
-        let x = tensor_map(x, element, [product.rows, layout.shape[1]], plan.box_rows());
-        let mut args = self.args(weight, product, x, plan);
-        if is_e4m3 {
-            (args.token_factors, args.factor) = (token_factors, 1.0 / E4m3Weights::factor_of(layout.format));
-        }
-        // SAFETY: the caller's promise; the kernel waits for its inputs.
-        unsafe { self.launch(function, &args, plan) };
-    }
-
-    /// The product of E4M3 `x` and `weight`, which is expanded chunk by chunk.
-    unsafe fn multiply_expanded(
-        &self,
-        weight: &TiledWeight,
-        x: DevicePtr,
-        token_factors: DevicePtr,
-        plan: &Plan,
-        product: &Product,
-    ) {
+    /// The product that `args` say, with `weight` expanded chunk by chunk.
+    unsafe fn multiply_expanded(&self, weight: &TiledWeight, mut args: Args, plan: &Plan) {
         let layout = weight.layout();
         let (_, expand) = self
             .expand
@@ -291,10 +263,8 @@ impl Prefill {
             .expect("the plan is for formats within E4M3");
         let expanded =
             self.weights.borrow_mut().reserve(expanded_bytes(plan.chunk_row_tiles, layout.k_tiles()));
-        let factor = E4m3Weights::factor_of(layout.format);
-        let x = tensor_map(x, 1, [product.rows, layout.shape[1]], plan.box_rows());
-        let mut args = self.args(weight, product, x, plan);
-        (args.tiles, args.token_factors, args.factor) = (expanded, token_factors, 1.0 / factor);
+        let factor = 1.0 / args.factor;
+        args.tiles = expanded;
         for first in (0..layout.row_tiles()).step_by(plan.chunk_row_tiles) {
             let row_tiles = plan.chunk_row_tiles.min(layout.row_tiles() - first);
             (args.first_row_tile, args.row_tiles) = (first as u32, row_tiles as u32);
@@ -312,9 +282,20 @@ impl Prefill {
         }
     }
 
-    /// What the kernel takes for all of `weight`.
-    fn args(&self, weight: &TiledWeight, product: &Product, x: sys::CUtensorMap, plan: &Plan) -> Args {
+    /// What the kernel takes for all of `weight` and the input as it is multiplied, with the factors of its rows.
+    fn args(
+        &self,
+        weight: &TiledWeight,
+        product: &Product,
+        [x, token_factors]: [DevicePtr; 2],
+        plan: &Plan,
+    ) -> Args {
         let layout = weight.layout();
+        let (x_bytes, factor) = if plan.path.is_e4m3() {
+            (1, 1.0 / E4m3Weights::factor_of(layout.format))
+        } else {
+            (Dtype::Bf16.size_bytes(), 1.0)
+        };
         let n = layout.shape[0];
         let columns = if product.is_gated { n / 2 } else { n };
         assert!(product.column + columns <= product.out_width, "the results fit in a row of the output");
@@ -325,14 +306,14 @@ impl Prefill {
             RowOrder::Paired => n / 2,
         };
         Args {
-            x,
+            x: tensor_map(x, x_bytes, [product.rows, layout.shape[1]], plan.box_rows()),
             tiles: weight.tiles(),
             row_factors: weight.factors(),
-            token_factors: 0,
+            token_factors,
             bias: weight.bias(),
             out,
             out_stride: product.out_width as u64,
-            factor: 1.0,
+            factor,
             m: product.rows as u32,
             n: n as u32,
             row_tiles: layout.row_tiles() as u32,
